@@ -1,0 +1,12 @@
+// Included last by each build_<isa>.cpp: instantiates every kernel over that file's Vec types.
+// Everything but the table is local to the object file, so no code compiled for one instruction set can win the link.
+#include "kernels.h"
+#include "masked_sgd.h"
+
+namespace sparsekern {
+extern const Kernels SPARSEKERN_TABLE = {
+#define KERNEL(name, ...) &name,
+#include "kernels.inc"
+#undef KERNEL
+};
+}  // namespace sparsekern

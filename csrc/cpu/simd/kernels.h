@@ -1,0 +1,36 @@
+// Interface between the host code and the kernels of one instruction set: plain structs and a table of pointers.
+#pragma once
+#include <stdint.h>
+
+namespace sparsekern {
+
+enum class Dtype : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// One parameter of masked_sgd_. `mask` is null for a dense parameter, `momentum` is null when mu is 0.
+struct SgdTensor {
+  void* param;
+  const void* grad;
+  void* momentum;
+  const uint8_t* mask;
+  Dtype dtype;
+  bool fresh;
+};
+
+// Already combined in double; each kernel rounds them once to its compute type.
+struct SgdOptions {
+  double negative_lr, mu, one_minus_dampening, weight_decay, grad_scale;
+  bool nesterov, maximize, keep_pruned_momentum, scaled;
+};
+
+struct Kernels {
+#define KERNEL(name, ...) void (*name)(__VA_ARGS__);
+#include "kernels.inc"
+#undef KERNEL
+};
+
+extern const Kernels kernels_scalar;
+#ifdef __x86_64__
+extern const Kernels kernels_avx2, kernels_avx512;
+#endif
+
+}  // namespace sparsekern

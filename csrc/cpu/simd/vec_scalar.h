@@ -1,0 +1,99 @@
+// One-lane vectors: the portable build, and the tail of every other build. Same arithmetic, so results agree bit for
+// bit.
+#pragma once
+#include <stdint.h>
+
+namespace {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+inline float as_float(uint32_t bits) {
+  float value;
+  __builtin_memcpy(&value, &bits, 4);
+  return value;
+}
+inline uint32_t as_bits(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, 4);
+  return bits;
+}
+
+inline float widen(BFloat16 x) { return as_float(static_cast<uint32_t>(x.bits) << 16); }
+
+inline float widen(Float16 x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  const uint32_t magnitude = x.bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) return as_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+  // Scaling by 2^112 moves the exponent's bias and normalises subnormals; it is exact.
+  const float value = as_float(magnitude << 13) * as_float(0x77800000u);
+  return as_float(sign | as_bits(value));
+}
+
+inline BFloat16 narrow(float x, BFloat16) {
+  const uint32_t bits = as_bits(x);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fc0u};
+  return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
+
+inline Float16 narrow(float x, Float16) {
+  const uint32_t bits = as_bits(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};
+  if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // rounds to infinity
+  if (magnitude < 0x38800000u) {
+    // Subnormal result: adding 0.5 leaves the rounded significand in the low bits.
+    const uint32_t rounded = as_bits(as_float(magnitude) + 0.5f) - 0x3f000000u;
+    return {static_cast<uint16_t>(sign | rounded)};
+  }
+  const uint32_t rounded = magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u);
+  return {static_cast<uint16_t>(sign | rounded >> 13)};
+}
+
+inline float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+inline double fused(double a, double b, double c) { return __builtin_fma(a, b, c); }
+
+// T is the compute type, float or double.
+template <class T>
+struct Lane {
+  static constexpr int kLanes = 1;
+  T value;
+  static Lane set(double x) { return {static_cast<T>(x)}; }
+  static Lane load(const T* p) { return {*p}; }
+  template <class S>
+  static Lane load(const S* p) {
+    return {widen(*p)};
+  }
+  void store(T* p) const { *p = value; }
+  template <class S>
+  void store(S* p) const {
+    *p = narrow(value, S{});
+  }
+  // Lanes whose bit is 0 become +0; `bits` holds one bit per lane from bit 0 on.
+  Lane keep(uint32_t bits) const { return {bits & 1u ? value : T(0)}; }
+  Lane negate() const { return {-value}; }
+};
+template <class T>
+inline Lane<T> operator*(Lane<T> a, Lane<T> b) {
+  return {a.value * b.value};
+}
+template <class T>
+inline Lane<T> operator/(Lane<T> a, Lane<T> b) {
+  return {a.value / b.value};
+}
+template <class T>
+inline Lane<T> fma(Lane<T> a, Lane<T> b, Lane<T> c) {
+  return {fused(a.value, b.value, c.value)};
+}
+
+#ifndef SPARSEKERN_WIDE
+template <class T>
+struct WideOf {
+  using type = Lane<T>;
+};
+#endif
+
+}  // namespace

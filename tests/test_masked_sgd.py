@@ -1,0 +1,289 @@
+"""masked_sgd_ and MaskedSGD against the reference, torch.optim.SGD and hand-computed values."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+
+import sparsekern as sk
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+SIZES = [0, 1, 7, 8, 15, 16, 17, 31, 33, 1000, (1 << 15) + 5]
+# torch itself rounds without fma below AVX2, so bit-equality with it is promised only from there on.
+torch_has_fma = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "NO AVX")
+
+
+def step(backend, *args, lr=0.1, mu=0.0, dampening=0.0, weight_decay=0.0, nesterov=False, maximize=False, **rest):
+    run = sk.ops.masked_sgd_.reference if backend == "reference" else sk.ops.masked_sgd_
+    hyper = dict(lr=lr, mu=mu, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, maximize=maximize)
+    run(*args, **hyper, **{"momentum_policy": "mask", **rest})
+
+
+def problem(dtype, density=0.3, sizes=SIZES, seed=0):
+    """A list of parameters with gradients, momentum, packed masks and alternating `fresh`."""
+    g = torch.Generator().manual_seed(seed)
+    p, d, v = ([torch.randn(n, generator=g).to(dtype) for n in sizes] for _ in range(3))
+    masks = [sk.ops.pack_mask(torch.rand(n, generator=g) < density) for n in sizes]
+    masks[-2] = None
+    return p, d, v, masks, torch.arange(len(sizes), dtype=torch.uint8) % 2
+
+
+OPTIONS = [
+    dict(),
+    dict(mu=0.9),
+    dict(mu=0.9, dampening=0.3, weight_decay=0.01),
+    dict(mu=0.9, nesterov=True, weight_decay=0.01, maximize=True),
+    dict(mu=0.9, momentum_policy="decay", weight_decay=0.01),
+    dict(mu=0.9, grad_scale=torch.tensor(3.0)),
+    dict(weight_decay=0.1, maximize=True, found_inf=torch.tensor(0.0)),
+    dict(mu=0.9, found_inf=torch.tensor(1.0)),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+def test_backends_agree_bit_for_bit(backend, dtype, options, density):
+    if backend == "reference":
+        pytest.skip("the reference is what the others are compared with")
+    if not torch_has_fma:
+        pytest.skip("torch has no fma on this CPU")
+    got = problem(dtype, density)
+    want = copy.deepcopy(got)
+    step(backend, *got, **options)
+    step("reference", *want, **options)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_published_values(backend):
+    mask = [sk.ops.pack_mask(torch.tensor([True, False, False, True]))]
+
+    def first(**kw):
+        w, v = torch.tensor([1.0, -2, 0.5, 3], dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+        args = [w], [torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)], [v], mask, torch.zeros(1).byte()
+        step(backend, *args, mu=0.9, weight_decay=0.01, **kw)
+        return args
+
+    close = dict(rtol=0, atol=1e-12)
+    args = first()
+    torch.testing.assert_close(args[0][0], torch.tensor([0.989, 0, 0, 2.957], dtype=torch.float64), **close)
+    torch.testing.assert_close(args[2][0], torch.tensor([0.11, 0, 0, 0.43], dtype=torch.float64), **close)
+    step(backend, *args, mu=0.9, weight_decay=0.01)
+    torch.testing.assert_close(args[0][0], torch.tensor([0.968111, 0, 0, 2.875343], dtype=torch.float64), **close)
+    torch.testing.assert_close(args[2][0], torch.tensor([0.20889, 0, 0, 0.81657], dtype=torch.float64), **close)
+    nesterov = torch.tensor([0.9791, 0, 0, 2.9183], dtype=torch.float64)
+    torch.testing.assert_close(first(nesterov=True)[0][0], nesterov, **close)
+
+
+@pytest.mark.parametrize(("policy", "pruned"), [("decay", 0.45), ("mask", 0.0)])
+def test_momentum_policies(backend, policy, pruned):
+    w, v = torch.tensor([1.0, 0]), torch.tensor([0.5, 0.5])
+    mask = sk.ops.pack_mask(torch.tensor([True, False]))
+    step(backend, [w], [torch.tensor([0.0, 1])], [v], [mask], torch.zeros(1).byte(), mu=0.9, momentum_policy=policy)
+    torch.testing.assert_close(v, torch.tensor([0.45, pruned]))
+    torch.testing.assert_close(w, torch.tensor([0.955, 0]))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("policy", ["mask", "decay"])
+def test_bad_pruned_values_reach_nothing(backend, bad, policy):
+    keep = torch.arange(37) % 3 == 0
+    w = torch.where(keep, torch.ones(37), bad)
+    g = torch.where(keep, torch.ones(37), bad)
+    v = torch.where(keep, torch.ones(37), bad if policy == "mask" else 0.0)
+    args = [w], [g], [v], [sk.ops.pack_mask(keep)], torch.zeros(1).byte()
+    step(backend, *args, mu=0.9, weight_decay=0.1, momentum_policy=policy)
+    assert torch.isfinite(w).all() and torch.isfinite(v).all()
+    assert not w[~keep].any() and not v[~keep].any()
+    assert w[keep].all()
+
+
+def test_overflow_changes_nothing_and_stays_fresh(backend):
+    args = problem(torch.float32)
+    before = copy.deepcopy(args)
+    step(backend, *args, mu=0.9, found_inf=torch.tensor(1.0))
+    torch.testing.assert_close(args, before, rtol=0, atol=0)
+    step(backend, *args, mu=0.9, found_inf=torch.tensor(0.0))
+    assert not args[-1].any()
+
+
+def test_exact_zeros_survive(backend):
+    w, v = torch.zeros(40), torch.zeros(40)
+    for _ in range(5):
+        step(backend, [w], [torch.zeros(40)], [v], [None], torch.zeros(1).byte(), mu=0.9, weight_decay=1e-4)
+    assert not w.any() and not v.any()
+
+
+def test_thread_count_does_not_matter():
+    results = []
+    threads = torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        args = problem(torch.float32, sizes=[200_000, 3, 70_000, 65_536])
+        step("native", *args, mu=0.9)
+        results.append(args)
+    torch.set_num_threads(threads)
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+    torch.testing.assert_close(results[0], results[2], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "transposed", "sliced", "mixed"])
+def test_layouts_equal_contiguous(backend, layout):
+    if backend == "reference":
+        pytest.skip("layouts are the business of the wrapper and the kernels")
+    w, g, v = torch.randn(3, 6, 4, 5, 3)
+    keep = torch.rand(6, 4, 5, 3) < 0.5
+    want = [t.clone() for t in (w, g, v)]
+    step(backend, *[[t] for t in want], [sk.ops.pack_mask(keep)], torch.zeros(1).byte(), mu=0.9)
+    change = {
+        "channels_last": lambda t: t.to(memory_format=torch.channels_last),
+        "transposed": lambda t: t.transpose(0, 2).contiguous().transpose(0, 2),
+        "sliced": lambda t: torch.stack([t, t], -1)[..., 0],
+    }
+    if layout == "mixed":
+        got = [change["channels_last"](w), g.clone(), v.clone()]
+    else:
+        got = [change[layout](t) for t in (w, g, v)]
+    packed = sk.ops.pack_mask(torch.empty_like(got[0], dtype=torch.bool).copy_(keep))
+    step(backend, *[[t] for t in got], [packed], torch.zeros(1).byte(), mu=0.9)
+    torch.testing.assert_close([got[0], got[2]], [want[0], want[2]], rtol=0, atol=0)
+
+
+def test_opcheck_every_sample():
+    for dtype, options in itertools.product(DTYPES, OPTIONS):
+        hyper = dict(lr=0.1, mu=0.0, dampening=0.0, weight_decay=0.0, nesterov=False, maximize=False)
+        args = problem(dtype, sizes=[1, 17, 40, 3])
+        torch.library.opcheck(torch.ops.sparsekern.masked_sgd_, args, {**hyper, "momentum_policy": "mask", **options})
+
+
+def test_version_counters_are_bumped():
+    w = torch.randn(4, requires_grad=True)
+    loss = (w * w).sum()
+    step("native", [w], [torch.ones(4)], [], [None], torch.zeros(1).byte())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(grads=[torch.zeros(3)]), r"grads\[0\] must be torch.float32 of shape \(4,\)"),
+        (dict(grads=[]), "grads must have one entry"),
+        (dict(masks=[torch.zeros(2, dtype=torch.uint8)]), r"masks\[0\] must be uint8 of shape \(1,\)"),
+        (dict(fresh=torch.zeros(1)), "fresh must be uint8"),
+        (dict(momentum_policy="drop"), "momentum_policy must be 'mask' or 'decay', got 'drop'"),
+        (dict(nesterov=True, dampening=0.5), "nesterov needs"),
+    ],
+)
+def test_bad_input_is_named_and_changes_nothing(change, message):
+    args = dict(params=[torch.ones(4)], grads=[torch.ones(4)], momentum=[torch.ones(4)], masks=[None])
+    args = {**args, "fresh": torch.zeros(1, dtype=torch.uint8), "lr": 0.1, "mu": 0.9, **change}
+    with pytest.raises(ValueError, match=message):
+        sk.ops.masked_sgd_(**args)
+    assert args["params"][0].eq(1).all() and args["momentum"][0].eq(1).all()
+    with pytest.raises(TypeError, match=r"params\[0\] must be one of"):
+        sk.ops.masked_sgd_(**{**args, "params": [torch.ones(4, dtype=torch.int32)], "grads": [torch.ones(4)],
+                              "masks": [None], "fresh": torch.zeros(1).byte(), "nesterov": False,
+                              "momentum_policy": "mask"})  # fmt: skip
+
+
+def test_overlapping_memory_is_refused():
+    w = torch.ones(4)
+    fresh = torch.zeros(1, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="overlaps the memory"):
+        sk.ops.masked_sgd_([w], [w], [], None, fresh, lr=0.1)
+    flat = torch.ones(7)
+    with pytest.raises(ValueError, match="overlaps the memory"):
+        sk.ops.masked_sgd_([flat[:4]], [w], [flat[3:]], None, fresh, lr=0.1, mu=0.9)
+    assert flat.eq(1).all() and w.eq(1).all()
+    sk.ops.masked_sgd_([flat[:3]], [w[:3]], [flat[3:6]], None, fresh, lr=0.1, mu=0.9)
+
+
+def train(make, dtype, steps=5):
+    torch.manual_seed(0)
+    params = [torch.randn(n, dtype=dtype).requires_grad_() for n in [(3, 5), (17,), (33, 4)]]
+    optimizer = make(params)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    for _ in range(steps):
+        for p in params:
+            p.grad = torch.randn(p.shape, dtype=dtype)
+        optimizer.step()
+        scheduler.step()
+    return params, optimizer
+
+
+@pytest.mark.skipif(not torch_has_fma, reason="torch has no fma on this CPU")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "hyper",
+    [
+        dict(lr=0.1),
+        dict(lr=0.1, momentum=0.9, weight_decay=0.01),
+        dict(lr=0.1, momentum=0.9, dampening=0.5),
+        dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4, maximize=True),
+    ],
+    ids=str,
+)
+def test_optimizer_equals_torch_without_masks(backend, dtype, hyper):
+    if backend == "reference":
+        pytest.skip("covered by the agreement of the backends")
+    # torch's own low-precision arithmetic is float32 inside only when fused.
+    fused = dtype in (torch.bfloat16, torch.float16)
+    got, ours = train(lambda p: sk.MaskedSGD(p, **hyper), dtype)
+    want, theirs = train(lambda p: torch.optim.SGD(p, **hyper, fused=fused), dtype)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    assert ours.state_dict()["param_groups"][0]["lr"] == theirs.state_dict()["param_groups"][0]["lr"]
+    again = torch.optim.SGD(got, **hyper)
+    again.load_state_dict(ours.state_dict())
+
+
+def test_optimizer_keeps_pruned_weights_zero_and_resumes():
+    w = torch.randn(50, 7).requires_grad_()
+    keep = torch.rand(50, 7) < 0.2
+    optimizer = sk.MaskedSGD([w], lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True, masks={w: keep})
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = optimizer.step(lambda: (w.square().sum().backward(), 1.5)[1])
+    assert loss == 1.5
+    buffer = optimizer.state[w]["momentum_buffer"]
+    assert not w[~keep].any() and not buffer[~keep].any() and w[keep].all()
+    clone = w.detach().clone().requires_grad_()
+    resumed = sk.MaskedSGD([clone], lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True, masks={clone: keep})
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for p, o in ((w, optimizer), (clone, resumed)):
+        p.grad = torch.ones_like(p)
+        o.step()
+    torch.testing.assert_close(clone, w, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("overflow_at", [0, 1])
+def test_grad_scaler_skips_and_first_real_step_is_fresh(overflow_at):
+    def run(make):
+        w = torch.ones(20).requires_grad_()
+        optimizer, scaler = make(w), torch.amp.GradScaler("cpu", init_scale=8.0)
+        for i in range(4):
+            optimizer.zero_grad()
+            scaler.scale((w * (float("inf") if i == overflow_at else 2.0)).sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        return w.detach()
+
+    hyper = dict(lr=0.1, momentum=0.9, dampening=0.5)
+    got, want = run(lambda w: sk.MaskedSGD([w], **hyper)), run(lambda w: torch.optim.SGD([w], **hyper))
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_optimizer_refuses_bad_arguments():
+    w = torch.ones(4).requires_grad_()
+    with pytest.raises(ValueError, match="lr must be at least 0, got -1"):
+        sk.MaskedSGD([w], lr=-1)
+    with pytest.raises(ValueError, match="differentiable must be False"):
+        sk.MaskedSGD([w], differentiable=True)
+    with pytest.raises(ValueError, match=r"must be bool of shape \(4,\)"):
+        sk.MaskedSGD([w], masks={w: torch.ones(3, dtype=torch.bool)})
+    with pytest.raises(ValueError, match="is no parameter of this optimizer"):
+        sk.MaskedSGD([w], masks={torch.ones(4): torch.ones(4, dtype=torch.bool)})
+    w.grad = torch.ones(4).to_sparse()
+    with pytest.raises(RuntimeError, match="is sparse"):
+        sk.MaskedSGD([w]).step()
