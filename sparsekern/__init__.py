@@ -1,10 +1,15 @@
 """Sparse training kernels for PyTorch. See README.md."""
 
 from sparsekern import _library, ops
+from sparsekern.distributions import global_budget, keep_count, uniform
 from sparsekern.optim import MaskedSGD
+from sparsekern.schedules import Dense, Sparse, acdc_schedule, constant_lr, cosine_lr, linear_lr
 
 degradation = _library.load_kernels()
 """Empty when the compiled kernels are in use, else the reason why they are not."""
 
 __version__ = "0.1.0.dev0"
-__all__ = ["MaskedSGD", "__version__", "degradation", "ops"]
+__all__ = [
+    "Dense", "MaskedSGD", "Sparse", "__version__", "acdc_schedule", "constant_lr", "cosine_lr", "degradation",
+    "global_budget", "keep_count", "linear_lr", "ops", "uniform",
+]  # fmt: skip
