@@ -5,13 +5,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from sparsekern.ops import masked_sgd_, pack_mask
+from sparsekern.masks import MaskSet
+from sparsekern.ops import masked_sgd_
 
 
 class MaskedSGD(torch.optim.Optimizer):
     """torch.optim.SGD whose pruned weights and momentum stay exactly zero.
 
-    `masks` maps parameters to bool tensors of their shape (True = keep); a parameter outside it is updated densely,
+    `masks` is a MaskSet, which may change between steps, or maps parameters to bool tensors of their shape (True =
+    keep); a parameter outside it is updated densely,
     and then this is torch.optim.SGD bit for bit (float32 and float64, on a CPU with AVX2). Masks are kept at one bit
     per weight, outside `state_dict`, which stays dense and loads into torch.optim.SGD.
     `foreach` and `fused` are accepted and ignored. `momentum_policy` is described in `sparsekern.ops.masked_sgd`.
@@ -35,7 +37,7 @@ class MaskedSGD(torch.optim.Optimizer):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
-        masks: Mapping[Tensor, Tensor] | None = None,
+        masks: MaskSet | Mapping[Tensor, Tensor] | None = None,
         momentum_policy: str = "mask",
     ):
         if differentiable:
@@ -53,36 +55,20 @@ class MaskedSGD(torch.optim.Optimizer):
         )  # fmt: skip
         super().__init__(params, defaults)
         self.momentum_policy = momentum_policy
-        self._masks: dict[Tensor, tuple[tuple[int, ...], Tensor]] = {}
         self.set_masks(masks or {})
 
-    def set_masks(self, masks: Mapping[Tensor, Tensor]) -> None:
+    def set_masks(self, masks: MaskSet | Mapping[Tensor, Tensor]) -> None:
         """Replace all masks; pruned weights become zero at the next step that gives them a gradient."""
         known = {p for group in self.param_groups for p in group["params"]}
-        packed = {}
-        for param, mask in masks.items():
-            if param not in known:
-                raise ValueError(f"masks: a tensor of shape {tuple(param.shape)} is no parameter of this optimizer")
-            if mask.shape != param.shape or mask.dtype != torch.bool:
-                raise ValueError(
-                    f"masks: must be bool of shape {tuple(param.shape)} like its parameter, "
-                    f"got {mask.dtype} of shape {tuple(mask.shape)}"
-                )
-            ordered = torch.empty_like(param, dtype=torch.bool).copy_(mask)
-            packed[param] = (ordered.stride(), pack_mask(ordered))
-        self._masks = packed
-
-    def _packed(self, param: Tensor) -> Tensor | None:
-        entry = self._masks.get(param)
-        if entry is None:
-            return None
-        strides = torch.empty_like(param, device="meta").stride()
-        if entry[0] != strides:
-            raise RuntimeError(
-                f"a parameter of shape {tuple(param.shape)} changed its memory format after set_masks: "
-                f"strides were {entry[0]}, now {strides}; call set_masks again"
-            )
-        return entry[1]
+        if not isinstance(masks, MaskSet):
+            for param in masks:
+                if param not in known:
+                    raise ValueError(f"masks: a tensor of shape {tuple(param.shape)} is no parameter of this optimizer")
+            chosen = MaskSet({str(i): param for i, param in enumerate(masks)})
+            for i, mask in enumerate(masks.values()):
+                chosen.set(str(i), mask)
+            masks = chosen
+        self.masks = masks
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -117,7 +103,7 @@ class MaskedSGD(torch.optim.Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(p)
                 momentum.append(state["momentum_buffer"])
         masked_sgd_(
-            params, [p.grad for p in params], momentum, [self._packed(p) for p in params], fresh,
+            params, [p.grad for p in params], momentum, [self.masks.packed_for(p) for p in params], fresh,
             lr=float(group["lr"]), mu=group["momentum"], dampening=group["dampening"],
             weight_decay=float(group["weight_decay"]), nesterov=group["nesterov"], maximize=group["maximize"],
             momentum_policy=self.momentum_policy, grad_scale=getattr(self, "grad_scale", None),
