@@ -3,6 +3,7 @@
 from sparsekern import _library, ops
 from sparsekern.distributions import global_budget, keep_count, uniform
 from sparsekern.masks import MaskSet
+from sparsekern.methods import ACDC
 from sparsekern.optim import MaskedSGD
 from sparsekern.schedules import Dense, Sparse, acdc_schedule, constant_lr, cosine_lr, linear_lr
 
@@ -11,6 +12,6 @@ degradation = _library.load_kernels()
 
 __version__ = "0.1.0.dev0"
 __all__ = [
-    "Dense", "MaskSet", "MaskedSGD", "Sparse", "__version__", "acdc_schedule", "constant_lr", "cosine_lr",
+    "ACDC", "Dense", "MaskSet", "MaskedSGD", "Sparse", "__version__", "acdc_schedule", "constant_lr", "cosine_lr",
     "degradation", "global_budget", "keep_count", "linear_lr", "ops", "uniform",
 ]  # fmt: skip

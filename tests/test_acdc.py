@@ -1,0 +1,183 @@
+"""AC/DC: phases, masks, momentum, resume, other optimizers, overflow."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import sparsekern as sk
+from sparsekern.schedules import PhaseSchedule, PhaseSpan
+
+SCHEDULE = PhaseSchedule(
+    (
+        PhaseSpan(0, 3, sk.Dense()),
+        PhaseSpan(3, 6, sk.Sparse(0.9)),
+        PhaseSpan(6, 9, sk.Dense()),
+        PhaseSpan(9, 14, sk.Sparse(0.9)),
+    )
+)
+OPTIMIZERS = {
+    "masked": lambda p: sk.MaskedSGD(p, lr=0.05, momentum=0.9, weight_decay=1e-2, nesterov=True),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-2, nesterov=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
+}
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 10, 3), nn.Flatten(), nn.Linear(160, 6)
+    )
+
+
+def setup(kind="masked", **kwargs):
+    model = network()
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    sparsifier = sk.ACDC(0.9, SCHEDULE, **kwargs).attach(model, optimizer, verbose=False)
+    return model, optimizer, sparsifier
+
+
+def batch(i):
+    g = torch.Generator().manual_seed(i)
+    return torch.randn(4, 3, 8, 8, generator=g), torch.randint(6, (4,), generator=g)
+
+
+def iterate(model, optimizer, sparsifier, start, stop):
+    for i in range(start, stop):
+        x, y = batch(i)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        sparsifier.step()
+
+
+def zeros(sparsifier):
+    return sum(int((sparsifier.masks.parameter(n) == 0).sum()) for n in sparsifier.masks)
+
+
+def momenta(optimizer, parameter):
+    return [v for k, v in optimizer.state[parameter].items() if k in ("momentum_buffer", "exp_avg")]
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_phases_hold_exact_counts_and_zero_momentum(kind):
+    model, optimizer, sparsifier = setup(kind)
+    total = sum(sparsifier.masks.parameter(n).numel() for n in sparsifier.masks)
+    pruned = total - sk.keep_count(total, 0.9)
+    seen = []
+    for i in range(14):
+        iterate(model, optimizer, sparsifier, i, i + 1)
+        seen.append(zeros(sparsifier))
+        if isinstance(sparsifier.phase, sk.Sparse):
+            for name in sparsifier.masks:
+                off = ~sparsifier.masks.bool(name)
+                parameter = sparsifier.masks.parameter(name)
+                assert not parameter[off].any()
+                assert not any(m[off].any() for m in momenta(optimizer, parameter))
+    # After step 3 and 9 the sparse phase begins; at step 6 the pruned weights are free but still exactly zero.
+    assert seen[:2] == [0, 0] and seen[2:6] == [pruned] * 4
+    assert seen[6] < pruned and seen[8:] == [pruned] * 6
+
+
+def test_mask_is_the_largest_weights():
+    model, optimizer, sparsifier = setup()
+    iterate(model, optimizer, sparsifier, 0, 2)
+    x, y = batch(2)
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    flat = torch.cat([sparsifier.masks.parameter(n).detach().reshape(-1).abs() for n in sparsifier.masks])
+    keep = sk.keep_count(flat.numel(), 0.9)
+    sparsifier.step()
+    mask = torch.cat([sparsifier.masks.bool(n).reshape(-1) for n in sparsifier.masks])
+    assert mask.sum() == keep and flat[mask].min() >= flat[~mask].max()
+
+
+@pytest.mark.parametrize("reset", ["all", "pruned", "none"])
+def test_momentum_reset_works_without_gradients(reset):
+    model, optimizer, sparsifier = setup(reset=reset)
+    iterate(model, optimizer, sparsifier, 0, 5)
+    x, y = batch(5)
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    sparsifier.step()
+    assert sparsifier.phase == sk.Dense()
+    cleared = [not m.any() for p in model.parameters() for m in momenta(optimizer, p)]
+    assert len(cleared) == len(list(model.parameters()))
+    assert all(cleared) == (reset == "all")
+
+
+@pytest.mark.parametrize("stop", range(1, 14))
+def test_resume_at_any_step_is_bit_identical(stop):
+    whole = setup()
+    iterate(*whole, 0, 14)
+    first = setup()
+    iterate(*first, 0, stop)
+    saved = copy.deepcopy([part.state_dict() for part in first])
+    again = setup()
+    for part, state in zip(again, saved, strict=True):
+        part.load_state_dict(state)
+    iterate(*again, stop, 14)
+    torch.testing.assert_close(again[0].state_dict(), whole[0].state_dict(), rtol=0, atol=0)
+    assert again[2].masks.hash() == whole[2].masks.hash()
+
+
+@pytest.mark.parametrize("kind", ["masked", "sgd"])
+def test_change_due_on_a_skipped_step_waits(kind):
+    model, optimizer, sparsifier = setup(kind)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for i in range(4):
+        x, y = batch(i)
+        optimizer.zero_grad()
+        scaler.scale(nn.functional.cross_entropy(model(x), y) * (float("inf") if i == 2 else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        sparsifier.step()
+        assert isinstance(sparsifier.phase, sk.Sparse) == (i == 3)
+
+
+@pytest.mark.parametrize("pattern", ["4x1", "1x4"])
+@pytest.mark.parametrize("distribution", ["global", "uniform"])
+def test_block_patterns_prune_whole_blocks(pattern, distribution):
+    model, optimizer, sparsifier = setup(pattern=pattern, distribution=distribution)
+    iterate(model, optimizer, sparsifier, 0, 3)
+    for name in sparsifier.masks:
+        mask = sparsifier.masks.bool(name)
+        for block in mask.split(4, dim=0 if pattern == "4x1" else 1):
+            assert torch.equal(block.any(0 if pattern == "4x1" else 1), block.all(0 if pattern == "4x1" else 1))
+
+
+def test_finalize_leaves_a_plain_module_with_zeros():
+    model, optimizer, sparsifier = setup()
+    keys = list(model.state_dict())
+    iterate(model, optimizer, sparsifier, 0, 14)
+    with pytest.raises(ValueError, match="is attached to it already"):
+        sk.ACDC(0.9, SCHEDULE).attach(model, optimizer, verbose=False)
+    assert sparsifier.finalize() is model and list(model.state_dict()) == keys
+    assert zeros(sparsifier) / sum(sparsifier.masks.parameter(n).numel() for n in sparsifier.masks) > 0.899
+    sk.ACDC(0.9, SCHEDULE).attach(model, optimizer, verbose=False)
+
+
+def test_prints_timeline_and_layers(capsys):
+    model = network()
+    sk.ACDC(0.95, sk.acdc_schedule(epochs=100)).attach(model, OPTIMIZERS["sgd"](model.parameters()), steps_per_epoch=7)
+    printed = capsys.readouterr().out
+    assert "16 phases, 700 steps" in printed and "3.weight" in printed and "10x8x3x3" in printed
+
+
+def test_bad_input_is_named():
+    model = network()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    with pytest.raises(ValueError, match="sparsity"):
+        sk.ACDC(1.5, SCHEDULE)
+    with pytest.raises(ValueError, match="pattern must be one of"):
+        sk.ACDC(0.9, SCHEDULE, pattern="8x1")
+    with pytest.raises(ValueError, match="include: 'stem' matches none"):
+        sk.ACDC(0.9, SCHEDULE, include=["stem"]).attach(model, optimizer)
+    with pytest.raises(ValueError, match="steps_per_epoch must be given"):
+        sk.ACDC(0.9, sk.acdc_schedule(epochs=100)).attach(model, optimizer)
+    chosen = sk.ACDC(0.9, SCHEDULE, exclude=["^0", "^5"]).attach(model, optimizer, verbose=False)
+    assert list(chosen.masks) == ["3.weight"]
