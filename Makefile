@@ -26,6 +26,9 @@ lint: .venv/installed  ## ruff and clang-format
 test: build lint  ## lint and the whole test suite
 	$(BIN)/python -m pytest -q
 
+demo: build  ## AC/DC training to 95% sparsity on scikit-learn's digits
+	$(BIN)/python -m sparsekern.train
+
 bench: build  ## quick benchmarks
 	$(BIN)/python -m benchmarks.bench_masked_sgd --quick
 
@@ -35,4 +38,4 @@ wheel: .venv/installed  ## a wheel in dist/
 clean:  ## remove build products, keep .venv
 	rm -rf build dist *.egg-info sparsekern/*.so .venv/built
 
-.PHONY: help build lint test bench wheel clean
+.PHONY: help build lint test demo bench wheel clean
