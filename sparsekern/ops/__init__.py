@@ -2,6 +2,12 @@
 
 from sparsekern.ops.masked_sgd import masked_sgd_
 from sparsekern.ops.packing import pack_mask, unpack_mask
+from sparsekern.ops.sparse_conv2d import sparse_conv2d
+from sparsekern.ops.sparse_linear import sparse_linear
+from sparsekern.ops.sparse_structure import SparseStructure, sparse_structure
 from sparsekern.ops.topk_mask import topk_mask
 
-__all__ = ["masked_sgd_", "pack_mask", "topk_mask", "unpack_mask"]
+__all__ = [
+    "SparseStructure", "masked_sgd_", "pack_mask", "sparse_conv2d", "sparse_linear", "sparse_structure", "topk_mask",
+    "unpack_mask",
+]  # fmt: skip

@@ -1,0 +1,217 @@
+"""Two-dimensional convolution with a sparse weight, forward and backward.
+
+This file is the specification of ``torch.ops.sparsekern.sparse_conv2d`` and of its backward; kernels agree with
+`reference` to the rounding of a sum taken in another order.
+
+- ``input``: (N, in, H, W) or (in, H, W), any strides. ``weight``: (out, in / groups, kh, kw), dense.
+- W is the weight where ``structure`` (see `sparsekern.ops.sparse_structure`) keeps it and 0 elsewhere, selected and
+  never multiplied: NaN and Inf off the mask reach nothing. The result is torch.nn.functional.conv2d with W, the layer
+  of a pruned model in arXiv 2308.02060. ``structure`` is built for the same ``groups``.
+- A non-finite input may or may not reach an output that sees it through pruned weights only (0 * NaN).
+- ``stride``, ``padding`` (zeros) and ``dilation``: an int or two, (vertical, horizontal).
+- float16, bfloat16, float32 or float64, one dtype for all operands.
+- Gradients: those of that convolution; of weight, exactly 0 where it is not kept; of bias, the sum of grad over all but
+  the channels. Second derivatives are refused.
+- The result and the gradient of input are channels_last if input is channels_last and not contiguous, else contiguous;
+  the gradient of weight likewise follows weight.
+- Empty operands are ordinary: a sum of no terms is 0.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import SupportsIndex
+
+import torch
+from torch import Tensor
+
+from sparsekern import _library
+from sparsekern.ops.sparse_structure import SparseStructure, check_operands, mask_from_tensors
+
+SCHEMA = (
+    "sparse_conv2d(Tensor input, Tensor weight, Tensor[] structure, str layout, Tensor? bias, int[] stride,"
+    " int[] padding, int[] dilation, int groups) -> Tensor"
+)
+BACKWARD_SCHEMA = (
+    "sparse_conv2d_backward(Tensor grad, Tensor input, Tensor weight, Tensor[] structure, str layout, int[] stride,"
+    " int[] padding, int[] dilation, int groups, bool[] needs)"
+    " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
+)
+
+
+def _empty(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Uninitialised, in the memory format that follows ``like``."""
+    last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
+    chosen = torch.channels_last if last else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=chosen)
+
+
+def _output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def reference(
+    input: Tensor,
+    weight: Tensor,
+    structure: Sequence[Tensor],
+    layout: str,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Plain PyTorch: the dense operator on the selected weight."""
+    mask = mask_from_tensors(structure, layout, weight.shape, groups)
+    result = fake(input, weight, structure, layout, bias, stride, padding, dilation, groups)
+    if not result.numel():
+        return result
+    if not (input.numel() and weight.numel()):  # torch refuses some of these
+        return result.zero_() if bias is None else result.copy_(bias.reshape(-1, 1, 1))
+    kept = torch.where(mask, weight, 0)
+    return result.copy_(torch.nn.functional.conv2d(input, kept, bias, stride, padding, dilation, groups))
+
+
+def fake(
+    input: Tensor,
+    weight: Tensor,
+    structure: Sequence[Tensor],
+    layout: str,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Shapes and memory format only."""
+    sizes = [_output_size(input.shape[i + 2], weight.shape[i + 2], stride[i], padding[i], dilation[i]) for i in (0, 1)]
+    return _empty((input.shape[0], weight.shape[0], *sizes), input)
+
+
+def backward_reference(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    structure: Sequence[Tensor],
+    layout: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of input, weight and bias; one that ``needs`` does not ask for has no elements."""
+    mask = mask_from_tensors(structure, layout, weight.shape, groups)
+    results = backward_fake(grad, input, weight, structure, layout, stride, padding, dilation, groups, needs)
+    if needs[2]:
+        results[2].copy_(grad.sum((0, 2, 3)))
+    if not (grad.numel() and input.numel() and weight.numel()):
+        results[0].zero_()
+        results[1].zero_()
+        return results
+    found = torch.ops.aten.convolution_backward(
+        grad, input, torch.where(mask, weight, 0), None, stride, padding, dilation, False, [0, 0], groups,
+        [needs[0], needs[1], False],
+    )  # fmt: skip
+    if needs[0]:
+        results[0].copy_(found[0])
+    if needs[1]:
+        results[1].copy_(torch.where(mask, found[1], 0))
+    return results
+
+
+def backward_fake(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    structure: Sequence[Tensor],
+    layout: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes and memory formats only."""
+    return (
+        _empty(input.shape, input) if needs[0] else grad.new_empty((0,)),
+        _empty(weight.shape, weight) if needs[1] else grad.new_empty((0,)),
+        grad.new_empty((weight.shape[0] if needs[2] else 0,)),
+    )
+
+
+_op = _library.define(SCHEMA, reference, fake)
+_backward_op = _library.define(BACKWARD_SCHEMA, backward_reference, backward_fake)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    input, weight, structure, ctx.layout, _, *ctx.geometry = inputs
+    ctx.save_for_backward(input, weight, *structure)
+
+
+def _backward(ctx, grad: Tensor):
+    input, weight, *structure = ctx.saved_tensors
+    needs = [bool(ctx.needs_input_grad[i]) for i in (0, 1, 4)]
+    found = _backward_op(grad, input, weight, structure, ctx.layout, *ctx.geometry, needs)
+    g = [t if need else None for t, need in zip(found, needs, strict=True)]
+    return g[0], g[1], [None] * len(structure), None, g[2], None, None, None, None
+
+
+def _refuse(ctx, *grads):
+    raise NotImplementedError("sparse_conv2d has no second derivative")
+
+
+torch.library.register_autograd(
+    "sparsekern::sparse_conv2d", _backward, setup_context=_setup_context, lib=_library._definitions
+)
+torch.library.register_autograd("sparsekern::sparse_conv2d_backward", _refuse, lib=_library._definitions)
+
+
+def _pair(name: str, value: object, least: int) -> list[int]:
+    values = list(value) if isinstance(value, (list, tuple)) else [value, value]
+    for v in values:
+        if isinstance(v, (bool, Tensor)) or not isinstance(v, SupportsIndex):
+            raise TypeError(f"{name}={value!r}: expected an int or two ints")
+    if len(values) != 2 or any(operator.index(v) < least for v in values):
+        raise ValueError(f"{name}={value!r}: expected an int or two ints, {least} or more")
+    return [operator.index(v) for v in values]
+
+
+def sparse_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    structure: SparseStructure,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Convolution with the weights that ``structure`` keeps; see the head of this file for every rule."""
+    check_operands(input, weight, structure, bias, 4)
+    if isinstance(groups, bool) or groups != structure.groups:
+        raise ValueError(f"groups={groups!r}: expected {structure.groups}, the groups of structure")
+    steps, pads, holes = _pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1)
+    channels = weight.shape[1] * structure.groups
+    if input.dim() not in (3, 4) or input.shape[-3] != channels:
+        raise ValueError(
+            f"input has shape {tuple(input.shape)}: expected (N, {channels}, H, W) or ({channels}, H, W) for a weight "
+            f"of shape {tuple(weight.shape)} with groups={groups}"
+        )
+    for i in (0, 1):
+        reach, size = holes[i] * (weight.shape[i + 2] - 1) + 1, input.shape[i - 2] + 2 * pads[i]
+        if weight.shape[i + 2] < 1:
+            raise ValueError(f"weight has shape {tuple(weight.shape)}: expected a kernel of one element or more")
+        if size < reach:
+            raise ValueError(
+                f"input has shape {tuple(input.shape)}: expected a padded size of at least {reach} in dim {i - 2}, the "
+                f"extent of the kernel, got {size}"
+            )
+    batch = input if input.dim() == 4 else input.unsqueeze(0)
+    tensors, count = list(structure.tensors), structure.groups
+    result = _op(batch, weight, tensors, structure.layout, bias, steps, pads, holes, count)
+    return result if input.dim() == 4 else result.squeeze(0)
+
+
+sparse_conv2d.reference = reference  # type: ignore[attr-defined]

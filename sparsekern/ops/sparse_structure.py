@@ -1,0 +1,216 @@
+"""Where the weights of a sparse layer are: compressed rows, built once per mask for `sparse_conv2d`, `sparse_linear`.
+
+A weight has shape (out, in / groups) or (out, in / groups, kh, kw); K is (kh, kw), or nothing for two dims.
+
+Patterns are named out x in, and blocks are aligned to channel 0 of the weight:
+
+- ``"unstructured"``: single weights.
+- ``"1x4"``, alias ``"block4"`` (the name in neuralmagic/sparseml): four consecutive INPUT channels at one (out, K).
+- ``"4x1"``: four consecutive OUTPUT channels at one (in, K).
+
+The last block of an axis that 4 does not divide is shorter. Built from a bool mask, True is kept and every block must
+be kept or pruned as a whole. Built from a weight, a block is kept if any of its weights is not 0 (NaN is not 0).
+
+``layout`` says what the tensors hold. It is the pattern if all blocks are full and lie within one group; otherwise it
+is ``"unstructured"``, so a kernel never sees a short block or one that crosses a group border.
+
+``tensors`` is (row pointers, column indices), both int32, 1-d, contiguous and on the weight's device, over the grid
+
+    layout          rows       columns, row-major
+    unstructured    out        (in / groups, K)
+    1x4             out        (in / groups / 4, K)
+    4x1             out / 4    (in / groups, K)
+
+Row r holds the columns ``indices[pointers[r]:pointers[r + 1]]``, strictly ascending. ``pointers`` has rows + 1 entries,
+starts at 0, never falls and ends at the length of ``indices``. All of it is checked when the object is built, and again
+by the references, because the operators also accept bare tensors.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import SupportsIndex
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_BLOCK_AXIS = {"4x1": 0, "1x4": 1}
+_LAYOUTS = ("unstructured", *_BLOCK_AXIS)
+_INT32_MAX = 2**31 - 1
+
+
+def _check_pattern(pattern: object) -> str:
+    name = "1x4" if pattern == "block4" else pattern
+    if not isinstance(name, str) or name not in _LAYOUTS:
+        raise ValueError(f'pattern={pattern!r}: expected "unstructured", "4x1" or "1x4" (alias "block4")')
+    return name
+
+
+def _check_groups(groups: object, shape: Sequence[int]) -> int:
+    if isinstance(groups, (bool, Tensor)) or not isinstance(groups, SupportsIndex):
+        raise TypeError(f"groups={groups!r} is a {type(groups).__name__}: expected an int")
+    count = operator.index(groups)
+    if count < 1 or shape[0] % count:
+        raise ValueError(f"groups={count}: expected a positive divisor of the {shape[0]} output channels")
+    if count > 1 and len(shape) == 2:
+        raise ValueError(f"groups={count}: expected 1 for a weight of two dims")
+    return count
+
+
+def _layout(pattern: str, shape: Sequence[int], groups: int) -> str:
+    if pattern not in _BLOCK_AXIS:
+        return pattern
+    per_group = shape[0] // groups if pattern == "4x1" else shape[1]
+    return "unstructured" if per_group % 4 else pattern
+
+
+def _grid(shape: Sequence[int], layout: str) -> list[int]:
+    """The shape of the block tensor; rows are its dim 0."""
+    return [size // 4 if dim == _BLOCK_AXIS.get(layout) else size for dim, size in enumerate(shape)]
+
+
+def check_tensors(tensors: Sequence[Tensor], layout: str, shape: Sequence[int], groups: int = 1) -> None:
+    """Raise unless ``tensors`` are a structure of that layout for a weight of that shape; synchronises."""
+    if layout not in _LAYOUTS:
+        raise ValueError(f"layout={layout!r}: expected one of {', '.join(map(repr, _LAYOUTS))}")
+    if _layout(layout, shape, groups) != layout:
+        raise ValueError(
+            f"layout={layout!r}: expected 'unstructured' for a weight of shape {tuple(shape)} with groups={groups}, "
+            "whose blocks are not all full and within one group"
+        )
+    if len(tensors) != 2:
+        raise ValueError(f"structure has {len(tensors)} tensor(s): expected 2, row pointers and column indices")
+    for i, t in enumerate(tensors):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"structure[{i}] is a {type(t).__name__}: expected a tensor")
+        if t.dtype != torch.int32:
+            raise TypeError(f"structure[{i}] has dtype {t.dtype}: expected torch.int32")
+        if t.layout != torch.strided or t.dim() != 1 or not t.is_contiguous():
+            raise ValueError(f"structure[{i}] has shape {tuple(t.shape)}: expected a contiguous, dense, 1-d tensor")
+        if t.device != tensors[0].device:
+            raise ValueError(f"structure[{i}] is on {t.device}: expected {tensors[0].device}, like structure[0]")
+    pointers, indices = tensors
+    rows, *rest = _grid(shape, layout)
+    columns = math.prod(rest)
+    if pointers.numel() != rows + 1:
+        raise ValueError(f"structure[0] has {pointers.numel()} row pointers: expected {rows + 1}")
+    first, last = int(pointers[0]), int(pointers[-1])
+    if first != 0 or last != indices.numel():
+        raise ValueError(f"structure[0] runs from {first} to {last}: expected 0 to {indices.numel()}, the indices")
+    # Compared, not subtracted: a difference of hostile int32 values can wrap around.
+    if bool((pointers[1:] < pointers[:-1]).any()):
+        raise ValueError("structure[0] has row pointers that fall: expected them never to")
+    if not indices.numel():
+        return
+    low, high = int(indices.min()), int(indices.max())
+    if low < 0 or high >= columns:
+        raise ValueError(f"structure[1] has column indices from {low} to {high}: expected 0 to {columns - 1}")
+    flat = _flat_positions(pointers, indices, columns)
+    if bool((flat[1:] <= flat[:-1]).any()):
+        raise ValueError("structure[1] has column indices out of order: expected strictly ascending ones in each row")
+
+
+def _flat_positions(pointers: Tensor, indices: Tensor, columns: int) -> Tensor:
+    counts = pointers.long().diff()
+    rows = torch.arange(counts.numel(), device=pointers.device).repeat_interleave(counts)
+    return rows * columns + indices
+
+
+def mask_from_tensors(tensors: Sequence[Tensor], layout: str, shape: Sequence[int], groups: int = 1) -> Tensor:
+    """The bool mask, in the weight's shape, that checked tensors stand for."""
+    check_tensors(tensors, layout, shape, groups)
+    grid = _grid(shape, layout)
+    chosen = torch.zeros(math.prod(grid), dtype=torch.bool, device=tensors[0].device)
+    chosen[_flat_positions(tensors[0], tensors[1], math.prod(grid[1:]))] = True
+    chosen = chosen.reshape(grid)
+    return chosen.repeat_interleave(4, _BLOCK_AXIS[layout]) if layout in _BLOCK_AXIS else chosen
+
+
+@dataclass(frozen=True, eq=False)
+class SparseStructure:
+    """The place of every kept weight of one layer; see the head of this file. Build it with `sparse_structure`."""
+
+    shape: tuple[int, ...]
+    pattern: str
+    groups: int
+    layout: str
+    tensors: tuple[Tensor, Tensor]
+
+    def __post_init__(self) -> None:
+        if len(self.shape) not in (2, 4):
+            raise ValueError(f"shape={tuple(self.shape)}: expected two or four dims")
+        if _check_pattern(self.pattern) != self.pattern:
+            raise ValueError(f"pattern={self.pattern!r}: expected its canonical name, '1x4'")
+        _check_groups(self.groups, self.shape)
+        if self.layout not in (self.pattern, "unstructured"):
+            raise ValueError(f"layout={self.layout!r}: expected {self.pattern!r} or 'unstructured'")
+        check_tensors(self.tensors, self.layout, self.shape, self.groups)
+
+    @property
+    def kept(self) -> int:
+        """How many weights are kept."""
+        return self.tensors[1].numel() * (4 if self.layout in _BLOCK_AXIS else 1)
+
+    def mask(self) -> Tensor:
+        """The bool mask, row-major, in the weight's shape."""
+        return mask_from_tensors(self.tensors, self.layout, self.shape, self.groups)
+
+
+def sparse_structure(weight_or_mask: Tensor, pattern: str = "unstructured", *, groups: int = 1) -> SparseStructure:
+    """The structure of a weight (not 0 is kept) or of a bool mask (True is kept); see the head of this file."""
+    if not isinstance(weight_or_mask, Tensor):
+        raise TypeError(f"weight_or_mask is a {type(weight_or_mask).__name__}: expected a tensor")
+    source = weight_or_mask.detach()
+    if source.layout != torch.strided:
+        raise ValueError(f"weight_or_mask has layout {source.layout}: expected a dense (torch.strided) tensor")
+    if source.dtype != torch.bool and not source.is_floating_point():
+        raise TypeError(f"weight_or_mask has dtype {source.dtype}: expected torch.bool or a floating-point type")
+    if source.dim() not in (2, 4):
+        raise ValueError(f"weight_or_mask has {source.dim()} dim(s): expected two (linear) or four (conv2d)")
+    name, shape = _check_pattern(pattern), tuple(source.shape)
+    groups = _check_groups(groups, shape)
+    if math.prod(shape) > _INT32_MAX or shape[0] >= _INT32_MAX:
+        raise ValueError(f"weight_or_mask has shape {shape}: expected at most {_INT32_MAX} weights")
+    chosen, layout = source != 0, _layout(name, shape, groups)
+    if name in _BLOCK_AXIS:
+        axis = _BLOCK_AXIS[name]
+        moved = chosen.movedim(axis, -1)
+        padded = torch.nn.functional.pad(moved, (0, -shape[axis] % 4))
+        blocks = padded.unflatten(-1, (padded.shape[-1] // 4, 4)).any(-1).movedim(-1, axis)
+        whole = blocks.repeat_interleave(4, axis).narrow(axis, 0, shape[axis])
+        if source.dtype == torch.bool and not torch.equal(whole, chosen):
+            raise ValueError(f"weight_or_mask keeps part of a block: expected whole blocks for pattern={name!r}")
+        chosen = blocks if layout == name else whole
+    rows = chosen.reshape(chosen.shape[0], math.prod(chosen.shape[1:]))
+    pointers = torch.nn.functional.pad(rows.sum(1).cumsum(0), (1, 0)).int()
+    return SparseStructure(shape, name, groups, layout, (pointers, rows.nonzero()[:, 1].int().contiguous()))
+
+
+def check_operands(input: Tensor, weight: Tensor, structure: SparseStructure, bias: Tensor | None, dims: int) -> None:
+    """What the two operators ask of their tensors, before any shape that depends on the operator."""
+    if not isinstance(structure, SparseStructure):
+        raise TypeError(f"structure is a {type(structure).__name__}: expected a SparseStructure, see sparse_structure")
+    operands = {"input": input, "weight": weight, **({} if bias is None else {"bias": bias})}
+    for name, t in operands.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} is a {type(t).__name__}: expected a tensor")
+        if t.layout != torch.strided:
+            raise ValueError(f"{name} has layout {t.layout}: expected a dense (torch.strided) tensor")
+        if t.dtype not in DTYPES:
+            raise TypeError(f"{name} has dtype {t.dtype}: expected one of {', '.join(map(str, DTYPES))}")
+        if t.dtype != input.dtype:
+            raise TypeError(f"{name} has dtype {t.dtype}: expected {input.dtype}, the dtype of input")
+        if t.device != input.device:
+            raise ValueError(f"{name} is on {t.device}: expected {input.device}, the device of input")
+    if structure.tensors[0].device != input.device:
+        raise ValueError(f"structure is on {structure.tensors[0].device}: expected {input.device}, the device of input")
+    if weight.dim() != dims:
+        raise ValueError(f"weight has {weight.dim()} dim(s): expected {dims}")
+    if tuple(weight.shape) != tuple(structure.shape):
+        raise ValueError(f"structure is for a weight of shape {structure.shape}: expected {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}: expected ({weight.shape[0]},), the output channels")
