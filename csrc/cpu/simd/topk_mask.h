@@ -102,9 +102,24 @@ void topk_histogram(const TopkTensor& t, const TopkLevel& level, int64_t begin, 
     const int64_t n = end - begin < kKeyBuffer ? end - begin : kKeyBuffer;
     if (topk_keys(t, begin, begin + n, keys)) *nan = true;
     if (top == 32) {
-      for (int64_t i = 0; i < n; ++i) ++histogram[(static_cast<uint32_t>(i & 1) << level.bits) + (keys[i] >> shift)];
+      uint32_t* const odd = histogram + size;
+      int64_t i = 0;
+      for (; i + 4 <= n; i += 4) {
+        ++histogram[keys[i] >> shift];
+        ++odd[keys[i + 1] >> shift];
+        ++histogram[keys[i + 2] >> shift];
+        ++odd[keys[i + 3] >> shift];
+      }
+      for (; i < n; ++i) ++histogram[keys[i] >> shift];
     } else {
-      for (int64_t i = 0; i < n; ++i) {
+      // Few keys share the prefix. No number has the highest prefix, so `least + (1 << top)` does not wrap.
+      const uint32_t least = level.prefix << top, above = least + (1u << top);
+      int64_t i = 0;
+      for (; i + 8 <= n; i += 8) {
+        uint32_t bits = at_least_bits(keys + i, least) & ~at_least_bits(keys + i, above);
+        for (; bits; bits &= bits - 1) ++histogram[keys[i + __builtin_ctz(bits)] >> shift & last];
+      }
+      for (; i < n; ++i) {
         if (keys[i] >> top == level.prefix) ++histogram[keys[i] >> shift & last];
       }
     }
