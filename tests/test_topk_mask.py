@@ -9,6 +9,7 @@ import itertools
 import math
 import random
 import struct
+import sys
 
 import pytest
 import torch
@@ -18,6 +19,12 @@ import sparsekern as sk
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SHAPES = [(4, 4), (8, 8, 3, 3), (5, 7, 2, 3), (3, 6), (2, 1, 3, 3), (1, 9), (6, 5, 4)]
 OP = torch.ops.sparsekern.topk_mask
+
+
+@pytest.fixture(autouse=True)
+def on_backend(backend, monkeypatch):
+    if backend == "reference":
+        monkeypatch.setattr(sys.modules["sparsekern.ops.topk_mask"], "_op", sk.ops.topk_mask.reference)
 
 
 def masks(scores, keep, **options):
@@ -396,3 +403,53 @@ def test_reference_is_the_specification():
     found, status = sk.ops.topk_mask.reference([score], [9], True, "unstructured", True, [])
     assert torch.equal(found[0], sk.ops.topk_mask([score], 9)[0])
     assert status.dtype == torch.int32 and status.shape == () and status.item() == 0
+
+
+def agrees(scores, keep, pattern="unstructured", magnitude=True):
+    one = isinstance(keep, int)
+    arguments = (scores, [keep] if one else keep, one, pattern, magnitude, [])
+    (found, status), (expected, reference_status) = OP(*arguments), sk.ops.topk_mask.reference(*arguments)
+    return same(found, expected) and torch.equal(status, reference_status)
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 63, 64, 65, 1023, 1025, 32769, 100_003])
+@pytest.mark.parametrize("kind", ["normal", "ties", "equal", "zeros", "infinite", "close"])
+def test_agrees_with_the_reference_at_every_size(size, kind):
+    score = draw((size,), torch.float32, size, kind == "ties")
+    if kind == "equal":
+        score = torch.full((size,), -1.5)
+    elif kind == "zeros":
+        score = score.sign() * 0
+    elif kind == "infinite":
+        score[::3] = float("inf")
+        score[1::3] = -float("inf")
+    elif kind == "close":
+        score = 1 + score.abs() * 1e-6
+    for keep in sorted({0, min(1, size), size // 10, size // 2, max(size - 1, 0), size}):
+        for magnitude in (True, False):
+            assert agrees([score], keep, magnitude=magnitude), (keep, magnitude)
+
+
+@pytest.mark.parametrize("shape", [(257, 512), (130, 257), (64, 65, 3, 3), (7, 66, 5), (4096, 12), (3, 3), (1000, 40)])
+@pytest.mark.parametrize("pattern", ["4x1", "1x4"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_blocks_agree_with_the_reference(shape, pattern, dtype):
+    for ties in (False, True):
+        scores = [draw(shape, dtype, 1, ties), draw((9, 30), torch.float32, 2, ties)]
+        a, b = (groups_of(s, pattern) for s in scores)
+        for keep in (0, (a + b) // 7, a + b - 1, a + b, [a // 3, b // 2], [0, b]):
+            assert agrees(scores, keep, pattern, True), keep
+        assert agrees(scores, a // 2, pattern, False)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "1x4"])
+def test_every_thread_count_gives_the_same_masks(pattern):
+    score, threads = draw((300, 1000), torch.float32, 0, True), torch.get_num_threads()
+    keep = groups_of(score, pattern) // 3
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            assert agrees([score, score], keep, pattern)
+            assert agrees([score, score], [keep, keep // 2], pattern)
+    finally:
+        torch.set_num_threads(threads)

@@ -1,3 +1,5 @@
 #define SPARSEKERN_TABLE kernels_avx2
-#include "build.h"
 #include "vec_avx2.h"
+
+// After the Vec types.
+#include "build.h"

@@ -1,3 +1,5 @@
 #define SPARSEKERN_TABLE kernels_avx512
-#include "build.h"
 #include "vec_avx512.h"
+
+// After the Vec types.
+#include "build.h"

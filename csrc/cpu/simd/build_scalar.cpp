@@ -1,3 +1,5 @@
 #define SPARSEKERN_TABLE kernels_scalar
-#include "build.h"
 #include "vec_scalar.h"
+
+// After the Vec types.
+#include "build.h"

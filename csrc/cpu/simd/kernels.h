@@ -22,6 +22,23 @@ struct SgdOptions {
   bool nesterov, maximize, keep_pruned_momentum, scaled;
 };
 
+// One score tensor of topk_mask, row-major: (outer, axis, inner) with blocks of four along `axis`, or single weights.
+// `chosen` has one bit per group, and is the mask itself for single weights.
+struct TopkTensor {
+  const void* score;
+  uint8_t* mask;
+  uint8_t* chosen;
+  int64_t axis, inner;
+  Dtype dtype;
+  bool block, magnitude;
+};
+
+// The histogram of key bits [shift, shift + bits) among the keys whose higher bits are `prefix`.
+struct TopkLevel {
+  uint32_t prefix;
+  int32_t shift, bits;
+};
+
 struct Kernels {
 #define KERNEL(name, ...) void (*name)(__VA_ARGS__);
 #include "kernels.inc"

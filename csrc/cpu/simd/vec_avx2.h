@@ -71,4 +71,11 @@ struct WideOf<double> {
   using type = F64x4;
 };
 
+inline uint32_t at_least_bits(const uint32_t* keys, uint32_t least) {
+  const __m256i flip = _mm256_set1_epi32(INT32_MIN);
+  const __m256i key = _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(keys)), flip);
+  const __m256i bound = _mm256_xor_si256(_mm256_set1_epi32(static_cast<int>(least)), flip);
+  return ~static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(bound, key)))) & 0xffu;
+}
+
 }  // namespace

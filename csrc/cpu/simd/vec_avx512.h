@@ -61,4 +61,9 @@ struct WideOf<double> {
   using type = F64x8;
 };
 
+inline uint32_t at_least_bits(const uint32_t* keys, uint32_t least) {
+  const __m256i key = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(keys));
+  return _mm256_cmpge_epu32_mask(key, _mm256_set1_epi32(static_cast<int>(least)));
+}
+
 }  // namespace

@@ -94,6 +94,13 @@ template <class T>
 struct WideOf {
   using type = Lane<T>;
 };
+
+// One bit per key of eight, set where key >= least.
+inline uint32_t at_least_bits(const uint32_t* keys, uint32_t least) {
+  uint32_t bits = 0;
+  for (int j = 0; j < 8; ++j) bits |= static_cast<uint32_t>(keys[j] >= least) << j;
+  return bits;
+}
 #endif
 
 }  // namespace
