@@ -15,4 +15,4 @@ def test_two_epochs(tmp_path):
     sparse, dense = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in ("sparse", "dense"))
     assert sparse.keys() == dense.keys() == train.network().state_dict().keys()
     live = [sum(int(w.count_nonzero()) for n, w in state.items() if "conv" in n) for state in (sparse, dense)]
-    assert live[1] > 10 * live[0] > 0
+    assert live[1] > 2 * live[0] > 0  # channels that died in the sparse phase stay zero (section 3.7)
