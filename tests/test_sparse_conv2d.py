@@ -117,6 +117,10 @@ def test_hostile_structures_raise():
             OP(x, w, tensors, "unstructured", None, [1, 1], [0, 0], [1, 1], 1)
         with pytest.raises(ValueError, match="structure"):
             sk.ops.SparseStructure((4, 4, 1, 1), "unstructured", 1, "unstructured", tuple(tensors))
+    s = sk.ops.sparse_structure(w)
+    for name, geometry in [("stride", ([0, 1], [0, 0], [1, 1])), ("padding", ([1, 1], [-9, 0], [1, 1]))]:
+        with pytest.raises(ValueError, match=name):
+            OP(x, w, list(s.tensors), s.layout, None, *geometry, 1)
 
 
 def test_errors_name_the_argument():

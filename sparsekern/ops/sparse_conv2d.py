@@ -85,6 +85,8 @@ def fake(
     groups: int,
 ) -> Tensor:
     """Shapes and memory format only."""
+    for name, values, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        _pair(name, list(values), least)
     sizes = [_output_size(input.shape[i + 2], weight.shape[i + 2], stride[i], padding[i], dilation[i]) for i in (0, 1)]
     return _empty((input.shape[0], weight.shape[0], *sizes), input)
 
