@@ -13,12 +13,11 @@ help:  ## this list
 	    { echo "$$($(PYTHON) --version) is too old: make PYTHON=python3.10 or newer"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "venv is missing: apt-get install python3-venv"; exit 1; }
 	@echo "setting up .venv: downloads torch, takes minutes"
-	@$(PYTHON) -m venv --clear .venv
+	@$(BIN)/pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
 .venv/built: .venv/installed $(SOURCES)
-	@command -v "$${CXX:-c++}" >/dev/null || echo "no C++ compiler, so only the slow references: apt-get install g++"
 	@echo "building sparsekern"
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@$(BIN)/python -m sparsekern doctor | sed -n '/^build/,/^machine/p' | sed '$$d'

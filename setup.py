@@ -64,6 +64,8 @@ def build_command(cpp, info):
         def run(self):
             for piece, decision in info["decisions"].items():
                 print(f"sparsekern build: {piece}: {decision}", file=sys.stderr)
+            for stale in Path(self.build_lib).glob("sparsekern/*.so"):  # of an earlier build, would go into the wheel
+                stale.unlink()
             super().run()
             folder = Path("." if self.inplace else self.build_lib) / "sparsekern"
             (folder / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n")

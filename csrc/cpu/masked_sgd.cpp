@@ -39,7 +39,8 @@ double scalar_value(const Tensor& t) {
 }
 
 bool same_layout(const Tensor& a, const Tensor& b) {
-  return a.sizes() == b.sizes() && a.strides() == b.strides() && a.scalar_type() == b.scalar_type();
+  // torch 2.10 has no operator== here.
+  return a.sizes().equals(b.sizes()) && a.strides().equals(b.strides()) && a.scalar_type() == b.scalar_type();
 }
 
 // Elements per task: 32 Ki, that is 640 KiB of float32 traffic, and a multiple of the 16 lanes that share mask bytes.
