@@ -41,7 +41,14 @@ def extension():
     ]
     library = cpp.CppExtension(
         "sparsekern._ops",
-        ["csrc/cpu/dispatch.cpp", "csrc/cpu/masked_sgd.cpp", "csrc/cpu/topk_mask.cpp"],
+        [
+            "csrc/cpu/dispatch.cpp",
+            "csrc/cpu/masked_sgd.cpp",
+            "csrc/cpu/sparse_conv2d.cpp",
+            "csrc/cpu/sparse_grid.cpp",
+            "csrc/cpu/sparse_product.cpp",
+            "csrc/cpu/topk_mask.cpp",
+        ],
         extra_compile_args=FLAGS + ["-DTORCH_TARGET_VERSION=0x020a000000000000"],
         libraries=[name for name, _ in libraries],
     )
