@@ -39,6 +39,28 @@ struct TopkLevel {
   int32_t shift, bits;
 };
 
+// `count` neighbours of one row of an image: element `image` on, and element `packed` of a packed row on.
+struct SparseRun {
+  int64_t image, packed, count;
+};
+
+// The rows of a sparse weight, ready for one packed layout. A block is `tall` outputs by `wide` input channels, 4 x 1,
+// 1 x 4 or 1 x 1; its values are neighbours, its first activation is `offsets[k]` floats after the tile's first, and
+// its channels are `channel` floats apart. `bias` may be null.
+struct SparseRows {
+  const int32_t* pointers;
+  const int32_t* offsets;
+  const float* values;
+  const float* bias;
+  int64_t channel;
+  int32_t tall, wide;
+};
+
+// Lanes of a vector, and how many vectors of pixels one call of sparse_rows takes for blocks that are tall, and not.
+struct SparseLimits {
+  int64_t lanes, tall, flat;
+};
+
 struct Kernels {
 #define KERNEL(name, ...) void (*name)(__VA_ARGS__);
 #include "kernels.inc"

@@ -32,7 +32,43 @@ struct F32x16 {
   }
   F32x16 keep(uint32_t bits) const { return {_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), v)}; }
   F32x16 negate() const { return {_mm512_xor_ps(v, _mm512_set1_ps(-0.0f))}; }
+  static F32x16 splat(float x) { return {_mm512_set1_ps(x)}; }
+  // The first n lanes, 0 <= n <= 16; the others are 0, or not stored.
+  static F32x16 load(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
+  void store(float* p, int64_t n) const { _mm512_mask_storeu_ps(p, first(n), v); }
+  // p[0], p[2], ..., p[30]; p[31] is not read.
+  static F32x16 load_even(const float* p) {
+    const __m512i pick = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 17, 19, 21, 23, 25, 27, 29, 31);
+    return {_mm512_permutex2var_ps(_mm512_loadu_ps(p), pick, _mm512_loadu_ps(p + 15))};
+  }
+  static __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
 };
+inline F32x16 madd(F32x16 a, F32x16 b, F32x16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline F32x16 operator+(F32x16 a, F32x16 b) { return {_mm512_add_ps(a.v, b.v)}; }
+
+inline void transpose(F32x16 (&m)[16]) {
+  __m512 a[16], b[16];
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_ps(m[i].v, m[i + 1].v);
+    a[i + 1] = _mm512_unpackhi_ps(m[i].v, m[i + 1].v);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      const __m512d low = _mm512_castps_pd(a[i + j]), high = _mm512_castps_pd(a[i + j + 2]);
+      b[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      b[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+  }
+  // b[4 * i + j] holds column 4 * q + j of rows 4 * i to 4 * i + 3 in its quarter q.
+  for (int j = 0; j < 4; ++j) {
+    const __m512 p = _mm512_shuffle_f32x4(b[j], b[j + 4], 0x44), q = _mm512_shuffle_f32x4(b[j + 8], b[j + 12], 0x44);
+    const __m512 r = _mm512_shuffle_f32x4(b[j], b[j + 4], 0xee), s = _mm512_shuffle_f32x4(b[j + 8], b[j + 12], 0xee);
+    m[j].v = _mm512_shuffle_f32x4(p, q, 0x88);
+    m[j + 4].v = _mm512_shuffle_f32x4(p, q, 0xdd);
+    m[j + 8].v = _mm512_shuffle_f32x4(r, s, 0x88);
+    m[j + 12].v = _mm512_shuffle_f32x4(r, s, 0xdd);
+  }
+}
 inline F32x16 operator*(F32x16 a, F32x16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline F32x16 operator/(F32x16 a, F32x16 b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
