@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sparsekern as sk
-from benchmarks import bench_masked_sgd, bench_sparse_conv2d, bench_topk_mask, harness, networks
+from benchmarks import bench_masked_sgd, bench_sparse_conv2d, bench_topk_mask, harness, networks, table
 
 BENCHES = {"masked_sgd": bench_masked_sgd, "topk_mask": bench_topk_mask, "sparse_conv2d": bench_sparse_conv2d}
 NUMBERS = ("sparsity", "median_ms", "iqr_ms", "baseline_ms", "speedup", "floor_ms", "efficiency")
@@ -182,3 +182,26 @@ def test_totals_count_each_layer_as_often_as_it_occurs():
     assert len(found) == 9 and all(row["case"] == "resnet50/all" for row in found)
     assert {(row["median_ms"], row["baseline_ms"]) for row in found} == {(5.0, 50.0)}
     assert found[0]["efficiency"] == pytest.approx(1.0)
+
+
+def test_readme_quotes_what_is_recorded():
+    text = table.README.read_text()
+    assert text.split(table.BEGIN)[1].split(table.END)[0] == f"\n{table.render()}\n", "run python -m benchmarks.table"
+
+
+def test_table_shows_the_last_run_and_its_losing_rows(tmp_path):
+    assert table.render(tmp_path) == table.NOTHING
+    where = {**dict.fromkeys(harness.MACHINE_KEYS, "m"), "commit": "old"}
+    for commit, case_ms in (("old", {"a": 1}), ("new", {"a": 5.0, "b": 40.0, "resnet50/all": 20.0})):
+        rows = [
+            harness.make_row(
+                harness.Timing(ms, ms), "torch", harness.Timing(10, 0),
+                **{**COMPLETE, "case": case, "pass_": "forward", "backend": "reference"}, pattern="4x1", sparsity=0.9,
+            )
+            for case, ms in case_ms.items()
+        ]  # fmt: skip
+        harness.record("sparse_conv2d", rows, {**where, "commit": commit}, tmp_path)
+    text = table.render(tmp_path)
+    assert "| forward | 4x1 | 1.12x (0.25 to 2.00; 1 of 2 slower); whole network 0.50x |" in text
+    assert "commit new" in text and "old" not in text
+    assert "3 of 3 rows noisy" in text and "3 of 3 rows run the plain PyTorch reference" in text
