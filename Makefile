@@ -31,8 +31,10 @@ test: build lint  ## lint and the whole test suite
 demo: build  ## AC/DC training to 95% sparsity on scikit-learn's digits
 	$(BIN)/python -m sparsekern.train
 
-bench: build  ## quick benchmarks
+bench: build  ## quick benchmarks, each within a minute on a quiet machine
 	$(BIN)/python -m benchmarks.bench_masked_sgd --quick
+	$(BIN)/python -m benchmarks.bench_topk_mask --quick
+	$(BIN)/python -m benchmarks.bench_sparse_conv2d --quick
 
 lint: .venv/installed  ## ruff and clang-format
 	$(BIN)/ruff check .
