@@ -27,7 +27,7 @@ test: build lint  ## lint and the whole test suite
 	$(BIN)/python -m pytest -q
 
 demo: build  ## AC/DC training to 95% sparsity on scikit-learn's digits
-	$(BIN)/python -m sparsekern.train
+	$(BIN)/python -m sparsekern.train digits --name demo --overwrite
 
 bench: build  ## quick benchmarks
 	$(BIN)/python -m benchmarks.bench_masked_sgd --quick
