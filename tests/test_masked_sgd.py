@@ -170,7 +170,7 @@ def test_version_counters_are_bumped():
     [
         (dict(grads=[torch.zeros(3)]), r"grads\[0\] must be torch.float32 of shape \(4,\)"),
         (dict(grads=[]), "grads must have one entry"),
-        (dict(masks=[torch.zeros(2, dtype=torch.uint8)]), r"masks\[0\] must be uint8 of shape \(1,\)"),
+        (dict(masks=[torch.zeros(2, dtype=torch.uint8)]), r"masks\[0\] must be contiguous uint8 of shape \(1,\)"),
         (dict(fresh=torch.zeros(1)), "fresh must be uint8"),
         (dict(momentum_policy="drop"), "momentum_policy must be 'mask' or 'decay', got 'drop'"),
         (dict(nesterov=True, dampening=0.5), "nesterov needs"),
