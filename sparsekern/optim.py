@@ -23,38 +23,48 @@ class _Bucket:
     fresh: Tensor
     """On the device: 1 until the first real step. Only the kernel knows whether GradScaler's step was one."""
     maybe_fresh: bool
-    layout: list[Any] = field(default_factory=list)
+    layout: list[Any] | None = None
     """What was checked: address, strides and type of each parameter and its momentum."""
     plain: bool = False
     """No parameter has holes in its memory."""
     masks: list[Tensor | None] = field(default_factory=list)
-    mask_key: Any = None
+    mask_key: tuple[MaskSet | None, int] = (None, 0)
     versions: list[tuple[int, int]] = field(default_factory=list)
     zero: list[int] = field(default_factory=list)
     """Pruned weights and momentum were zero when version counters stood at `versions`."""
 
-    def momentum(self, create: bool) -> list[Tensor]:
-        """The momentum buffers, made where missing and moved where the parameter went."""
-        if not create:
-            return []
+    def momentum(self) -> list[Tensor]:
+        """The momentum buffers, made where missing."""
         buffers = []
         for p, state in zip(self.params, self.states, strict=True):
             buffer = state.get("momentum_buffer")
             if buffer is None:
                 buffer = state["momentum_buffer"] = torch.zeros_like(p)
-            elif buffer.dtype != p.dtype or buffer.device != p.device or not same_layout(buffer, p):
-                buffer = state["momentum_buffer"] = torch.empty_like(p).copy_(buffer)
             buffers.append(buffer)
         return buffers
 
-    def follow_masks(self, masks: MaskSet) -> None:
-        """Fetch packed masks where they, or the layout of the parameters, changed; the others keep `zero`."""
-        key = (masks, masks.generation, [(p.stride(), p.device) for p in self.params])
-        if self.mask_key is None or key[0] is not self.mask_key[0] or key[1:] != self.mask_key[1:]:
-            before, self.masks = self.masks, [masks.packed_for(p) for p in self.params]
-            same = [b is m for b, m in zip(before, self.masks, strict=True)] if before else [False] * len(self.masks)
-            self.zero = [z and s for z, s in zip(self.zero or same, same, strict=True)]
-            self.mask_key = key
+    def align(self) -> list[Tensor]:
+        """As `momentum`, with the buffers of parameters that were moved, cast or laid out anew following them."""
+        for p, state in zip(self.params, self.states, strict=True):
+            buffer = state["momentum_buffer"]
+            if buffer.shape != p.shape:
+                raise ValueError(
+                    f"momentum_buffer of a parameter of shape {tuple(p.shape)} must have that shape, "
+                    f"got {tuple(buffer.shape)}"
+                )
+            if buffer.dtype != p.dtype or buffer.device != p.device or not same_layout(buffer, p):
+                state["momentum_buffer"] = torch.empty_like(p).copy_(buffer)
+        return self.momentum()
+
+    def follow_masks(self, masks: MaskSet, moved: bool) -> None:
+        """Fetch the packed masks if they or the parameters' layouts changed; what they leave as it was stays `zero`."""
+        if not moved and self.mask_key[0] is masks and self.mask_key[1] == masks.generation:
+            return
+        before, self.masks = self.masks or [None] * len(self.params), [masks.packed_for(p) for p in self.params]
+        if self.zero:
+            both = zip(self.zero, before, self.masks, strict=True)
+            self.zero = [] if moved else [int(z and b is m) for z, b, m in both]
+        self.mask_key = masks, masks.generation
 
     def known_zero(self, momentum: list[Tensor]) -> list[int]:
         """One flag per parameter, cleared where somebody else wrote since the last step; empty if all are cleared."""
@@ -65,11 +75,16 @@ class _Bucket:
 
     def note(self, known: list[int], real: bool, momentum: list[Tensor]) -> None:
         """After a step: a real one leaves every pruned entry zero, a skipped one leaves all as it was."""
-        self.zero = [1] * len(self.params) if real else known or [0] * len(self.params)
+        self.zero = [int(m is not None) for m in self.masks] if real else known
         self.versions = self._versions(momentum)
 
     def _versions(self, momentum: list[Tensor]) -> list[tuple[int, int]]:
-        return [(p._version, v._version) for p, v in zip(self.params, momentum or self.params, strict=True)]
+        both = zip(self.params, momentum or self.params, strict=True)
+        return [(p._version, v._version) if zero else (0, 0) for zero, (p, v) in zip(self.zero, both, strict=False)]
+
+
+def _layout(params: list[Tensor], momentum: list[Tensor]) -> list[Any]:
+    return [(p.data_ptr(), p.stride(), p.dtype) for p in [*params, *momentum]]
 
 
 class MaskedSGD(torch.optim.Optimizer):
@@ -212,16 +227,18 @@ class MaskedSGD(torch.optim.Optimizer):
         for p, g in zip(params, grads, strict=True):
             if g.is_sparse:
                 raise RuntimeError(f"gradient of a parameter of shape {tuple(p.shape)} is sparse; use a dense one")
-        momentum = bucket.momentum(mu != 0)
-        bucket.follow_masks(self.masks)
+        momentum = bucket.momentum() if mu != 0 else []
         scale, found_inf = (
             None if t is None else t.to(bucket.fresh.device)
             for t in (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         )
-        layout = [(p.data_ptr(), p.stride(), p.dtype) for p in [*params, *momentum]]
-        if layout != bucket.layout:
+        moved = bucket.layout != _layout(params, momentum)
+        if moved and mu != 0:
+            momentum = bucket.align()
+        bucket.follow_masks(self.masks, moved)
+        if moved:
             check_tensors(params, grads, momentum, bucket.masks, bucket.fresh, mu, scale, found_inf)
-            bucket.layout, bucket.plain, bucket.zero = layout, all(map(is_dense, params)), []
+            bucket.layout, bucket.plain = _layout(params, momentum), all(map(is_dense, params))
         known = bucket.known_zero(momentum) if self.momentum_policy == "mask" else []
         hyper = dict(
             lr=float(group["lr"]), mu=float(mu), dampening=float(group["dampening"]), nesterov=group["nesterov"],
@@ -229,7 +246,10 @@ class MaskedSGD(torch.optim.Optimizer):
             momentum_policy=self.momentum_policy, grad_scale=scale, found_inf=found_inf, known_zero=known,
         )  # fmt: skip
         if bucket.plain:
-            grads = [as_layout(g, p) for g, p in zip(grads, params, strict=True)]
+            # Compared here first, because calling a function for each gradient would cost as much as the rest.
+            strides = [stride for _, stride, _ in bucket.layout[: len(params)]]
+            triples = zip(grads, strides, params, strict=True)
+            grads = [g if g.stride() == stride else as_layout(g, p) for g, stride, p in triples]
             launch(params, grads, momentum, bucket.masks, bucket.fresh, **hyper)
         else:
             masked_sgd_(params, grads, momentum, bucket.masks, bucket.fresh, **{**hyper, "known_zero": known or None})
