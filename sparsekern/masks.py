@@ -44,6 +44,8 @@ class MaskSet:
         # Strides and bits: the strides are those of the parameter when its mask was packed.
         self._packed: dict[str, tuple[tuple[int, ...], Tensor]] = {}
         self._versions = dict.fromkeys(self._parameters, 0)
+        self.generation = 0
+        """Grows whenever any mask is replaced."""
         for name, parameter in self._parameters.items():
             self.set(name, torch.ones_like(parameter, dtype=torch.bool))
 
@@ -79,7 +81,7 @@ class MaskSet:
                 f"got {mask.dtype} of shape {tuple(mask.shape)}"
             )
         self._store(name, pack_mask(torch.empty_like(parameter, dtype=torch.bool).copy_(mask)))
-        self._versions[normalise(name)] += 1
+        self._count(name)
 
     def set_packed(self, name: str, packed: Tensor) -> None:
         """Replace one mask by packed bits in the parameter's present storage order, as `topk_mask` returns them.
@@ -94,7 +96,11 @@ class MaskSet:
                 f"got {packed.dtype} of shape {tuple(packed.shape)} on {packed.device}"
             )
         self._store(name, packed.contiguous())
+        self._count(name)
+
+    def _count(self, name: str) -> None:
         self._versions[normalise(name)] += 1
+        self.generation += 1
 
     def _store(self, name: str, packed: Tensor) -> None:
         self._packed[normalise(name)] = (self.parameter(name).stride(), packed)

@@ -185,7 +185,7 @@ class Sparsifier:
     def _skipped_by_scaler(self) -> bool:
         """Whether GradScaler kept an overflowed step from an optimizer that cannot skip by itself.
 
-        Then there was a backward pass and its gradients are cleared already or not finite. They are read only here.
+        Then there was a backward pass and its gradients are cleared already or not finite; reads the device.
         """
         grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         return self._gradient_seen and (not grads or not all(bool(g.isfinite().all()) for g in grads))
@@ -242,7 +242,7 @@ class Sparsifier:
     def state_dict(self) -> dict[str, Any]:
         """Everything that a run needs to go on exactly, at any point of the iteration, also with a change waiting."""
         self._check_attached()
-        stepped = ("good" if self._good_step() else "skipped") if self._stepped else "no"
+        stepped = "good" if self._good_step() else "skipped" if self._stepped or self._skipped_by_scaler() else "no"
         return {
             "position": self.position, "stepped": stepped, "masks": self.masks.state_dict(), **self._extra_state()
         }  # fmt: skip

@@ -6,14 +6,15 @@ namespace sparsekern {
 
 enum class Dtype : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
-// One parameter of masked_sgd_. `mask` is null for a dense parameter, `momentum` is null when mu is 0.
+// One parameter of masked_sgd_. `mask` is null for a dense parameter, `momentum` is null when mu is 0. `known_zero`:
+// pruned elements of both are zero already, so those that nothing live is near need not be touched.
 struct SgdTensor {
   void* param;
   const void* grad;
   void* momentum;
   const uint8_t* mask;
   Dtype dtype;
-  bool fresh;
+  bool fresh, known_zero;
 };
 
 // Already combined in double; each kernel rounds them once to its compute type.
