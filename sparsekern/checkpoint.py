@@ -101,7 +101,7 @@ def _unpack(content: bytes, path: Path, device: torch.device | str) -> dict[str,
     try:
         state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(path, f"holds more than tensors and plain values: {reason}") from error
     if not isinstance(state, dict):
         raise CheckpointError(path, f"must hold a dict, holds a {type(state).__name__}")

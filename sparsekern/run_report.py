@@ -70,13 +70,26 @@ def tables(result: dict[str, Any]) -> list[Table]:
     layers = Table("Sparsity of the sparse network", ("layer", "shape", "weights", "live", "sparsity"), rows)
     if not result["speeds"]:
         return [networks, layers]
-    speeds = [
-        (s["what"], s["case"], s["baseline"], _time(s, "ours"), _time(s, "baseline"), _speedup(s["speedup"]))
-        for s in result["speeds"]
-    ]
+    return [networks, layers, *_speed_tables(result)]
+
+
+def _speed_tables(result: dict[str, Any]) -> list[Table]:
+    """Ours against each baseline; then the convolutions, one line a layer."""
+    title = "Speeds on this machine: medians of interleaved runs, ~ marks a noisy one"
     head = ("what", "case", "baseline", "ours ms", "baseline ms", "speedup")
-    title = f"Speeds on this machine ({result['machine']}); medians of interleaved runs, ~ marks a noisy one"
-    return [networks, layers, Table(title, head, speeds, left=3)]
+    rows, layers = [], {}
+    for speed in result["speeds"]:
+        times = (_time(speed, "ours"), _time(speed, "baseline"), _speedup(speed["speedup"]))
+        if speed["what"].startswith("convolution"):
+            layers.setdefault(speed["case"], []).extend(times)
+        else:
+            rows.append((speed["what"], speed["case"], speed["baseline"], *times))
+    convolutions = Table(
+        "Convolutions: sparse_conv2d against torch's dense one, forward and forward + backward",
+        ("layer", "sparse ms", "dense ms", "speedup", "sparse f+b ms", "dense f+b ms", "speedup"),
+        [(case, *times) for case, times in layers.items()],
+    )
+    return [Table(title, head, rows, left=3), convolutions]
 
 
 def _time(row: dict[str, Any], whose: str) -> str:
@@ -96,17 +109,23 @@ def curves(rows: list[dict[str, Any]], phases: list[dict[str, Any]]) -> bytes:
     from matplotlib.figure import Figure  # not pyplot: no window system, no global state
 
     steps = [row["step"] for row in rows]
+    colours = ("#1f5fa8", "#c2410c")
     figure = Figure(figsize=(10, 6.4), dpi=150, layout="constrained")
     for axes, (title, lines) in zip(figure.subplots(2, 2, sharex=True).flat, _PANELS, strict=True):
         for phase in phases:
             if phase["sparsity"] is not None:
                 axes.axvspan(phase["start"], phase["stop"], color="#f0b429", alpha=0.22, linewidth=0)
-        for (key, label), colour in zip(lines, ("#1f5fa8", "#c2410c"), strict=False):
-            axes.plot(steps, [row[key] for row in rows], color=colour, label=label, linewidth=1.6, marker=".")
+        for (key, label), colour in zip(lines, colours, strict=False):
+            # A row speaks of the steps up to its own; masks change at once, in between nothing does.
+            style = "steps-pre" if key == "sparsity" else "default"
+            values = [row[key] for row in rows]
+            axes.plot(steps, values, color=colour, label=label, linewidth=1.6, marker=".", markersize=4, ds=style)
         axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.01)
+        if title.startswith(("Loss", "Output")):
+            axes.set_yscale("log")
         if len(lines) > 1:
             axes.legend(frameon=False, fontsize=9)
     for axes in figure.axes[2:]:

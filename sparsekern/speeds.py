@@ -21,10 +21,12 @@ RESNET50_WEIGHTS = 25_502_912
 _HYPER = {"lr": 1e-6, "momentum": 0.9, "weight_decay": 1e-4}
 
 
-def measure(model: nn.Module, masks: sk.MaskSet, x: Tensor, y: Tensor, pattern: str) -> list[dict[str, Any]]:
+def measure(
+    model: nn.Module, masks: sk.MaskSet, x: Tensor, y: Tensor, pattern: str, rounds: int = 9
+) -> list[dict[str, Any]]:
     """Rows {"what", "case", "baseline", "ours_ms", "ours_iqr_ms", "baseline_ms", "baseline_iqr_ms", "speedup"}.
 
-    `model` is pruned to `masks`; `x` and `y` are one training batch.
+    `model` is pruned to `masks` by `pattern`; `x` and `y` are one training batch. Large cases get fewer rounds.
     """
     weights = [masks.parameter(name).detach() for name in masks]
     keeps = [masks.bool(name) for name in masks]
@@ -33,12 +35,12 @@ def measure(model: nn.Module, masks: sk.MaskSet, x: Tensor, y: Tensor, pattern: 
     kept = torch.rand(RESNET50_WEIGHTS, device=x.device) < masks.density()
     network, resnet = f"this network, {total:,} weights", f"one tensor, {RESNET50_WEIGHTS:,} weights"
     return [
-        *_optimizer_rows(network, weights, keeps, rounds=15),
-        *_optimizer_rows(resnet, [large], [kept], rounds=5),
-        *_selection_rows(network, weights, masks.density(), rounds=15),
-        *_selection_rows(resnet, [large], masks.density(), rounds=3),
-        *_layer_rows(model, masks, x, pattern),
-        *_step_rows(model, masks, x, y),
+        *_optimizer_rows(network, weights, keeps, rounds),
+        *_optimizer_rows(resnet, [large], [kept], max(rounds // 2, 2)),
+        *_selection_rows(network, weights, masks.density(), rounds),
+        *_selection_rows(resnet, [large], masks.density(), max(rounds // 3, 2)),
+        *_layer_rows(model, masks, x, pattern, rounds),
+        *_step_rows(model, masks, x, y, rounds),
     ]
 
 
@@ -127,7 +129,7 @@ def _layer_inputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return seen
 
 
-def _layer_rows(model: nn.Module, masks: sk.MaskSet, x: Tensor, pattern: str) -> list[dict[str, Any]]:
+def _layer_rows(model: nn.Module, masks: sk.MaskSet, x: Tensor, pattern: str, rounds: int) -> list[dict[str, Any]]:
     rows = []
     prunable = {name.removesuffix(".weight") for name in masks}
     modules = dict(model.named_modules())
@@ -148,7 +150,7 @@ def _layer_rows(model: nn.Module, masks: sk.MaskSet, x: Tensor, pattern: str) ->
                 "sparse_conv2d": _pass(lambda a, b, s=structure, k=where: sk.ops.sparse_conv2d(a, b, s, **k), data, w),
                 "torch conv2d (dense)": _pass(lambda a, b, k=where: functional.conv2d(a, b, **k), data, w),
             }
-            rows += _rows(what, case, contenders, rounds=7, device=x.device)
+            rows += _rows(what, case, contenders, rounds=rounds, device=x.device)
     return rows
 
 
@@ -163,7 +165,7 @@ def _pass(operator: Callable[[Tensor, Tensor], Tensor], data: Tensor, weight: Te
     return run
 
 
-def _step_rows(model: nn.Module, masks: sk.MaskSet, x: Tensor, y: Tensor) -> list[dict[str, Any]]:
+def _step_rows(model: nn.Module, masks: sk.MaskSet, x: Tensor, y: Tensor, rounds: int) -> list[dict[str, Any]]:
     """A whole training step: loss, gradients, optimizer."""
 
     def step(sparse: bool) -> Callable[[], None]:
@@ -180,4 +182,4 @@ def _step_rows(model: nn.Module, masks: sk.MaskSet, x: Tensor, y: Tensor) -> lis
         return run
 
     contenders = {"sparse phase": step(True), "dense phase": step(False)}
-    return _rows("training step", "sparse phase", contenders, rounds=7, device=x.device)
+    return _rows("training step", "sparse phase", contenders, rounds=rounds, device=x.device)

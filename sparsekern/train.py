@@ -221,6 +221,7 @@ def finish(run: Run, folder: Path) -> dict[str, Any]:
     print()
     for table in run_report.tables(result):
         print(f"\n{table.text()}")
+    print(f"\nMeasured on {result['machine']}")
     checkpoint.save(run.sparsifier.finalize().state_dict(), folder / "sparse.pt")
     checkpoint.save(run.twin, folder / "dense.pt")
     try:
