@@ -8,6 +8,7 @@
 - A row has the keys of ROW_KEYS, without those that mean nothing for it. `speedup` = baseline_ms / median_ms;
   `floor_ms`: the time in which this machine moves the bytes that must move, measured in the same run; `efficiency` =
   speedup x density, 1.0 if all of the skipped work became saved time. `role`: goal or info.
+- On a machine with more runnable processes than cores a warning is printed and nothing recorded.
 - `--json FILE` writes {"machine", "rows"}; `--record` appends rows with their machine to benchmarks/results/NAME.csv.
 """
 
@@ -205,6 +206,12 @@ def run(
         raise SystemExit(f"--threads must be 1 or more, got {options.threads}")
     if options.record and (options.smoke or where["commit"].endswith(("-dirty", "unknown"))):
         raise SystemExit(f"--record needs committed sources and no --smoke; the commit is {where['commit']}")
+    # A contender that shares its core waits whole time slices: medians are then wrong without being noisy.
+    busy = f"load {where['load_before']} on {where['cores']} cores: other programs disturb these timings"
+    if where["load_before"] > where["cores"]:
+        if options.record:
+            raise SystemExit(f"--record refused: {busy}; wait until they are done")
+        print(f"warning: {busy}")
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
