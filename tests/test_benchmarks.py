@@ -148,6 +148,11 @@ def test_a_busy_machine_is_said_and_not_recorded(monkeypatch, capsys):
     assert "warning: load 1000.0" in capsys.readouterr().out
 
 
+def test_command_is_what_to_type_again():
+    options = harness.parser("").parse_args(["--quick", "--threads", "1", "--record", "--json", "x"])
+    assert harness.command("topk_mask", options) == "python -m benchmarks.bench_topk_mask --quick --threads 1"
+
+
 def test_quick_stops_when_its_time_is_up(capsys):
     options = argparse.Namespace(quick=True, started=-1e9)
     assert harness.left_out(options, "the rest") and "the rest" in capsys.readouterr().out
