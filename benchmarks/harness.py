@@ -103,11 +103,12 @@ def backend_of(call: Callable[[], Any]) -> str:
         if event == "call" and frame.f_code in references:
             entered.append(frame.f_code.co_name)
 
+    before = sys.getprofile()
     sys.setprofile(watch)
     try:
         call()
     finally:
-        sys.setprofile(None)
+        sys.setprofile(before)
     return "reference" if entered else "native"
 
 
