@@ -175,15 +175,15 @@ def collect(options: argparse.Namespace) -> Iterator[dict]:
         counts = {c.name: sum(c.shape_key == other.shape_key for other in followers) for c in convs}
         convs = [*convs, *mobilenet_v1_pointwise()]
     rows = []
-    for pass_ in passes:
-        for conv in convs:
-            if harness.left_out(options, f"{conv.name} {pass_}"):
-                continue
-            # What a goal speaks of: forward at any batch, gradients at batch 16, ResNet-50 only.
-            goal = conv.name.startswith("resnet50/") and (pass_ == "forward" or options.batch == 16)
-            for row in layer_rows(Layer.make(conv, options.batch), pass_, "goal" if goal else "info", options.compile):
-                rows.append(row)
-                yield row
+    jobs = [(pass_, conv) for pass_ in passes for conv in convs]
+    for i, (pass_, conv) in enumerate(jobs):
+        if harness.left_out(options, ", ".join(f"{c.name} {p}" for p, c in jobs[i:])):
+            break
+        # What a goal speaks of: forward at any batch, gradients at batch 16, ResNet-50 only.
+        goal = conv.name.startswith("resnet50/") and (pass_ == "forward" or options.batch == 16)
+        for row in layer_rows(Layer.make(conv, options.batch), pass_, "goal" if goal else "info", options.compile):
+            rows.append(row)
+            yield row
     if counts:
         yield from totals(rows, counts, passes)
 

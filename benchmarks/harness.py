@@ -8,6 +8,7 @@
 - A row has the keys of ROW_KEYS, without those that mean nothing for it. `speedup` = baseline_ms / median_ms;
   `floor_ms`: the time in which this machine moves the bytes that must move, measured in the same run; `efficiency` =
   speedup x density, 1.0 if all of the skipped work became saved time. `role`: goal or info.
+- On a machine with more runnable processes than cores a warning is printed and nothing recorded.
 - `--json FILE` writes {"machine", "rows"}; `--record` appends rows with their machine to benchmarks/results/NAME.csv.
 """
 
@@ -102,11 +103,12 @@ def backend_of(call: Callable[[], Any]) -> str:
         if event == "call" and frame.f_code in references:
             entered.append(frame.f_code.co_name)
 
+    before = sys.getprofile()
     sys.setprofile(watch)
     try:
         call()
     finally:
-        sys.setprofile(None)
+        sys.setprofile(before)
     return "reference" if entered else "native"
 
 
@@ -192,7 +194,8 @@ def command(bench: str, options: argparse.Namespace) -> str:
     """What to type for the same rows again."""
     chosen = vars(options).items()
     flags = [f"--{k.replace('_', '-')}" for k, v in chosen if v is True and k != "record"]
-    values = [f"--{k.replace('_', '-')} {v}" for k, v in chosen if v not in (None, True, False) and k != "json"]
+    given = [(k, v) for k, v in chosen if v is not None and not isinstance(v, bool) and k != "json"]
+    values = [f"--{k.replace('_', '-')} {v}" for k, v in given]
     return " ".join([f"python -m benchmarks.bench_{bench}", *flags, *values])
 
 
@@ -205,6 +208,12 @@ def run(
         raise SystemExit(f"--threads must be 1 or more, got {options.threads}")
     if options.record and (options.smoke or where["commit"].endswith(("-dirty", "unknown"))):
         raise SystemExit(f"--record needs committed sources and no --smoke; the commit is {where['commit']}")
+    # A contender that shares its core waits whole time slices: medians are then wrong without being noisy.
+    busy = f"load {where['load_before']} on {where['cores']} cores: other programs disturb these timings"
+    if where["load_before"] > where["cores"]:
+        if options.record:
+            raise SystemExit(f"--record refused: {busy}; wait until they are done")
+        print(f"warning: {busy}")
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)

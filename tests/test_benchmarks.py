@@ -23,6 +23,7 @@ def fast(monkeypatch):
     """What is tested here is not the numbers."""
     monkeypatch.setattr(harness, "SAMPLE_MS", 0.0)
     monkeypatch.setattr(harness, "ROUNDS", 2)
+    monkeypatch.setattr(harness.machine, "load", lambda: 0.5)
 
 
 @pytest.mark.parametrize("bench", BENCHES)
@@ -136,6 +137,20 @@ def test_record_refuses_smoke_and_uncommitted_sources(monkeypatch):
     monkeypatch.setattr(harness.machine, "commit", lambda: "0123456789ab-dirty")
     with pytest.raises(SystemExit, match="the commit is 0123456789ab-dirty"):
         bench_topk_mask.main(["--record"])
+
+
+def test_a_busy_machine_is_said_and_not_recorded(monkeypatch, capsys):
+    monkeypatch.setattr(harness.machine, "commit", lambda: "0123456789ab")
+    monkeypatch.setattr(harness.machine, "load", lambda: 1000.0)
+    with pytest.raises(SystemExit, match="--record refused: load 1000.0"):
+        bench_topk_mask.main(["--record"])
+    harness.run("topk_mask", lambda _: iter(()), harness.parser("").parse_args(["--smoke"]))
+    assert "warning: load 1000.0" in capsys.readouterr().out
+
+
+def test_command_is_what_to_type_again():
+    options = harness.parser("").parse_args(["--quick", "--threads", "1", "--record", "--json", "x"])
+    assert harness.command("topk_mask", options) == "python -m benchmarks.bench_topk_mask --quick --threads 1"
 
 
 def test_quick_stops_when_its_time_is_up(capsys):
