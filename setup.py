@@ -41,7 +41,13 @@ def extension():
     ]
     library = cpp.CppExtension(
         "sparsekern._ops",
-        ["csrc/cpu/dispatch.cpp", "csrc/cpu/masked_sgd.cpp", "csrc/cpu/topk_mask.cpp"],
+        [
+            "csrc/cpu/dispatch.cpp",
+            "csrc/cpu/masked_sgd.cpp",
+            "csrc/cpu/topk_mask.cpp",
+            "csrc/cpu/topk_sample.cpp",
+            "csrc/cpu/topk_select.cpp",
+        ],
         extra_compile_args=FLAGS + ["-DTORCH_TARGET_VERSION=0x020a000000000000"],
         libraries=[name for name, _ in libraries],
     )

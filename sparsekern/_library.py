@@ -10,7 +10,6 @@ import torch
 _definitions = torch.library.Library("sparsekern", "DEF")
 OPS: dict[str, Callable[..., Any]] = {}
 """Name of each operator -> its plain PyTorch reference."""
-kernels_loaded = False
 
 
 def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -21,13 +20,6 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
     torch.library.register_fake(f"sparsekern::{name}", fake, lib=_definitions)
     OPS[name] = reference
     return getattr(torch.ops.sparsekern, name)
-
-
-def define_cpu(name: str, schema: str, build: Callable[[Any], Callable[..., Any]]) -> None:
-    """Define the compiled `sparsekern::schema` and serve operator ``name`` on CPU by ``build(compiled)``."""
-    native = schema[: schema.index("(")]
-    _definitions.define(schema)
-    _definitions.impl(name, build(getattr(torch.ops.sparsekern, native).default), "CPU")
 
 
 def load_kernels() -> str:
@@ -41,8 +33,6 @@ def load_kernels() -> str:
         try:
             torch.ops.load_library(str(found[0]))
             torch.ops.sparsekern.cpu_isa()  # an unknown SPARSEKERN_CPU_ISA must fail here, not in the first step
-            global kernels_loaded
-            kernels_loaded = True
             return ""
         except OSError as error:
             reason = f"{found[0].name} does not load ({error}); reinstall sparsekern against this torch"

@@ -3,6 +3,7 @@
 #include "kernels.h"
 #include "masked_sgd.h"
 #include "topk_mask.h"
+#include "topk_n_of_m.h"
 
 namespace sparsekern {
 extern const Kernels SPARSEKERN_TABLE = {
