@@ -15,6 +15,7 @@ CASES = [
     (24, 20, 1, (1, 1), (7, 7), 1, 0, 1, 5),  # tiles span images
     (40, 36, 1, (3, 3), (14, 14), 1, 1, 1, 2),  # tiles span rows
     (8, 72, 1, (3, 3), (7, 7), 1, 1, 1, 3),
+    (12, 24, 2, (1, 1), (13, 11), 1, 0, 1, 2),  # pointwise: read in place, with a short last vector
     (16, 8, 1, (1, 1), (20, 13), 2, 0, 1, 2),
     (16, 8, 2, (3, 3), (40, 60), 2, 1, 1, 1),  # many tiles; two phases of the stride
     (12, 8, 1, (5, 3), (9, 17), (3, 1), (2, 4), (2, 3), 2),  # more padding than kernel

@@ -41,6 +41,13 @@ struct Tiling {
   }
 };
 
+// Whether tiles are ranges of the image itself: one tap that reads each pixel where it lies. Measured on the pointwise
+// layers of ResNet-50, packing them gains nothing at 90% sparsity and costs up to 3x at 98%.
+bool in_place(const Grid& grid, const Strides& s) {
+  return grid.planes() == 1 && grid.reach == 0 && grid.length == s.channel && s.column == 1 &&
+         grid.columns.stride == 1 && grid.rows.stride == 1;
+}
+
 class Product {
  public:
   Product(const Grid& grid, const Tiling& tiling, const Image<const float>& input, const SparseRows& rows,
@@ -72,6 +79,11 @@ class Product {
       }
       kernels().sparse_pack_last(pixels.data(), width, end - begin, to, width);
     }
+  }
+
+  // The tile in the image itself.
+  const float* place(int64_t tile) const {
+    return input_.data + tile / tiling_.per_span * input_.strides.batch + tile % tiling_.per_span * tiling_.tile;
   }
 
   // Block rows [begin, end) of the output.
@@ -140,6 +152,18 @@ int64_t part_begin(const int32_t* pointers, int64_t rows, int64_t i, int64_t n) 
   return low;
 }
 
+// Tiles that need no packing.
+void run_places(const Product& product, int64_t tiles, const SparseRows& s, int64_t rows, int64_t threads) {
+  const int64_t parts = threads > 1 ? ceil_divide(4 * threads, tiles) : 1;
+  torch::stable::parallel_for(0, tiles * parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t part = i % parts;
+      product.multiply(i / parts, part_begin(s.pointers, rows, part, parts),
+                       part_begin(s.pointers, rows, part + 1, parts), product.place(i / parts));
+    }
+  });
+}
+
 // Many tiles: a task packs one and multiplies it.
 void run_tiles(const Product& product, int64_t tiles, int64_t channels, int64_t rows) {
   torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
@@ -185,15 +209,19 @@ bool sparse_product(const Grid& grid, const Image<const float>& input, const Spa
   kernels().sparse_limits(&limits);
   const int64_t channels = weight.channels * weight.groups, rows = weight.block_rows();
   const Tiling tiling(grid, channels, limits.lanes, weight.tall == 4 ? limits.tall : limits.flat);
-  STD_TORCH_CHECK(channels * grid.planes() * tiling.width < INT32_MAX, "sparsekern: ", channels,
+  const bool place = in_place(grid, input.strides);
+  const int64_t width = place ? input.strides.channel : tiling.width;
+  STD_TORCH_CHECK(channels * grid.planes() * width < INT32_MAX, "sparsekern: ", channels,
                   " channels do not fit one tile of 32-bit offsets");
   int32_t* const at = offsets.get(weight.blocks);
   float* const held = values.get(weight.blocks * weight.tall * weight.wide);
-  if (!gather(weight, column_table(grid, weight, tiling.width), tiling.width, at, held)) return false;
-  const SparseRows s{weight.pointers, at, held, bias, tiling.width, weight.tall, weight.wide};
+  if (!gather(weight, column_table(grid, weight, width), width, at, held)) return false;
+  const SparseRows s{weight.pointers, at, held, bias, width, weight.tall, weight.wide, !place};
   const Product product(grid, tiling, input, s, channels, output);
   const int64_t threads = torch::stable::get_num_threads();
-  if (threads > 1 && tiling.count < 4 * threads) {
+  if (place) {
+    run_places(product, tiling.count, s, rows, threads);
+  } else if (threads > 1 && tiling.count < 4 * threads) {
     run_parts(product, tiling.count, channels, s, rows, threads);
   } else {
     run_tiles(product, tiling.count, channels, rows);

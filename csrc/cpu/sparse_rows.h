@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <vector>
 
 #include "sparse_buffer.h"
 #include "sparse_product.h"
@@ -13,20 +12,27 @@ namespace sparsekern {
 
 // Where each column of the structure finds its activation in a tile, and its element in a row of the weight.
 struct ColumnTable {
-  std::vector<int32_t> activation;
-  std::vector<int64_t> element;
+  struct Entry {
+    int64_t element;
+    int32_t activation;
+  };
+  const Entry* entries;
+  int64_t size;
 };
 
 inline ColumnTable column_table(const Grid& grid, const SparseWeight& w, int64_t width) {
-  ColumnTable table;
+  thread_local Buffer<ColumnTable::Entry> buffer;
+  const int64_t taps = int64_t(grid.rows.taps.size() * grid.columns.taps.size());
+  ColumnTable::Entry* entry = buffer.get(w.channels / w.wide * taps);
+  const ColumnTable table{entry, w.channels / w.wide * taps};
   const int64_t across = int64_t(grid.columns.planes.size()), all = w.channels * w.groups;
   for (int64_t c = 0; c < w.channels / w.wide; ++c) {
     for (size_t i = 0; i < grid.rows.taps.size(); ++i) {
       for (size_t j = 0; j < grid.columns.taps.size(); ++j) {
         const Axis::Tap &v = grid.rows.taps[i], &h = grid.columns.taps[j];
         const int64_t row = (v.plane * across + h.plane) * all + c * w.wide;
-        table.activation.push_back(static_cast<int32_t>(row * width + v.shift * grid.pitch + h.shift));
-        table.element.push_back(c * w.wide * w.strides[1] + int64_t(i) * w.strides[2] + int64_t(j) * w.strides[3]);
+        entry->activation = static_cast<int32_t>(row * width + v.shift * grid.pitch + h.shift);
+        entry++->element = c * w.wide * w.strides[1] + int64_t(i) * w.strides[2] + int64_t(j) * w.strides[3];
       }
     }
   }
@@ -44,7 +50,7 @@ inline bool rows_ascend(const SparseWeight& w) {
 template <int kBlock>
 bool gather_rows(const SparseWeight& w, const ColumnTable& table, int64_t width, int64_t begin, int64_t end,
                  int32_t* offsets, float* values) {
-  const int64_t step = w.strides[w.tall == 4 ? 0 : 1], columns = int64_t(table.element.size());
+  const int64_t step = w.strides[w.tall == 4 ? 0 : 1];
   const int64_t rows_of_group = w.block_rows() / w.groups;
   for (int64_t row = begin; row < end; ++row) {
     const float* const from = w.data + row * w.tall * w.strides[0];
@@ -52,10 +58,11 @@ bool gather_rows(const SparseWeight& w, const ColumnTable& table, int64_t width,
     int64_t before = -1;
     for (int64_t k = w.pointers[row]; k < w.pointers[row + 1]; ++k) {
       const int64_t column = w.indices[k];
-      if (column <= before || column >= columns) return false;
+      if (column <= before || column >= table.size) return false;
       before = column;
-      offsets[k] = group + table.activation[column];
-      for (int i = 0; i < kBlock; ++i) values[k * kBlock + i] = from[table.element[column] + i * step];
+      const ColumnTable::Entry entry = table.entries[column];
+      offsets[k] = group + entry.activation;
+      for (int i = 0; i < kBlock; ++i) values[k * kBlock + i] = from[entry.element + i * step];
     }
   }
   return true;

@@ -220,7 +220,8 @@ torch.library.register_autograd("sparsekern::sparse_conv2d_backward", _refuse, l
 def _pair(name: str, value: object, least: int) -> list[int]:
     values = list(value) if isinstance(value, (list, tuple)) else [value, value]
     for v in values:
-        if isinstance(v, (bool, Tensor)) or not isinstance(v, SupportsIndex):
+        # A protocol takes microseconds to ask, which a small layer feels.
+        if type(v) is not int and (isinstance(v, (bool, Tensor)) or not isinstance(v, SupportsIndex)):
             raise TypeError(f"{name}={value!r}: expected an int or two ints")
     if len(values) != 2 or any(operator.index(v) < least for v in values):
         raise ValueError(f"{name}={value!r}: expected an int or two ints, {least} or more")

@@ -49,7 +49,7 @@ struct SparseRun {
 
 // The rows of a sparse weight, ready for one packed layout. A block is `tall` outputs by `wide` input channels, 4 x 1,
 // 1 x 4 or 1 x 1; its values are neighbours, its first activation is `offsets[k]` floats after the tile's first, and
-// its channels are `channel` floats apart. `bias` may be null.
+// its channels are `channel` floats apart. `bias` may be null. `padded`: the tile has whole vectors.
 struct SparseRows {
   const int32_t* pointers;
   const int32_t* offsets;
@@ -57,6 +57,7 @@ struct SparseRows {
   const float* bias;
   int64_t channel;
   int32_t tall, wide;
+  bool padded;
 };
 
 // Lanes of a vector, and how many vectors of pixels one call of sparse_rows takes for blocks that are tall, and not.

@@ -13,7 +13,6 @@ inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline PackVec load_stepped(const float* p, int64_t step, int64_t n) {
   if (step == 1) return PackVec::load(p, n);
-  if (step == 2 && n == PackVec::kLanes) return PackVec::load_even(p);
   float lanes[PackVec::kLanes] = {};
   for (int64_t i = 0; i < n; ++i) lanes[i] = p[i * step];
   return PackVec::load(lanes);
@@ -30,10 +29,22 @@ void sparse_pack(const float* image, int64_t channel, int64_t step, const Sparse
       for (; written < runs[r].packed; written += kLanes) zero.store(packed + written, lesser(kLanes, width - written));
       const float* const from = image + runs[r].image;
       // Each store fills a whole vector: its zeros are the gap, or make room for the next run.
-      for (int64_t i = 0; i < runs[r].count; i += kLanes) {
-        written = runs[r].packed + i;
-        load_stepped(from + i * step, step, lesser(kLanes, runs[r].count - i))
-            .store(packed + written, lesser(kLanes, width - written));
+      int64_t i = 0;
+      if (step == 1) {
+        for (; i + kLanes <= runs[r].count; i += kLanes) PackVec::load(from + i).store(packed + runs[r].packed + i);
+      } else if (step == 2) {
+        for (; i + kLanes <= runs[r].count; i += kLanes) {
+          PackVec::load_even(from + 2 * i).store(packed + runs[r].packed + i);
+        }
+      }
+      written = runs[r].packed + i;
+      for (; i < runs[r].count; i += kLanes) {
+        const PackVec v = load_stepped(from + i * step, step, lesser(kLanes, runs[r].count - i));
+        if (written + kLanes <= width) {
+          v.store(packed + written);
+        } else {
+          v.store(packed + written, width - written);
+        }
         written += kLanes;
       }
     }
@@ -68,10 +79,9 @@ void sparse_unpack(const float* packed, int64_t width, const SparseRun* runs, in
         for (int64_t i = 0; i < runs[r].count; ++i) to[i * step] = from[i];
         continue;
       }
-      for (int64_t i = 0; i < runs[r].count; i += kLanes) {
-        const int64_t n = lesser(kLanes, runs[r].count - i);
-        PackVec::load(from + i, n).store(to + i, n);
-      }
+      int64_t i = 0;
+      for (; i + kLanes <= runs[r].count; i += kLanes) PackVec::load(from + i).store(to + i);
+      if (i < runs[r].count) PackVec::load(from + i, runs[r].count - i).store(to + i, runs[r].count - i);
     }
   }
 }

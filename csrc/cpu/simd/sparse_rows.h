@@ -15,8 +15,10 @@ using SparseVec = WideOf<float>::type;
 constexpr int kTallVectors = SparseVec::kLanes == 16 ? 6 : SparseVec::kLanes == 8 ? 3 : 4;
 constexpr int kFlatVectors = SparseVec::kLanes == 16 ? 12 : 8;
 
-template <class V, int kTall, int kWide, int kVectors>
-inline void sparse_rows_block(const SparseRows& s, int64_t row, const float* tile, V (&sum)[kTall][kVectors]) {
+// Beyond a tile that is not padded there may be no memory: only `last` lanes of its last vector are read.
+template <class V, int kTall, int kWide, bool kPadded, int kVectors>
+inline void sparse_rows_block(const SparseRows& s, int64_t row, const float* tile, int64_t last,
+                              V (&sum)[kTall][kVectors]) {
   const int32_t end = s.pointers[row + 1];
   for (int64_t k = s.pointers[row]; k < end; ++k) {
     const float* const values = s.values + k * kTall * kWide;
@@ -26,7 +28,8 @@ inline void sparse_rows_block(const SparseRows& s, int64_t row, const float* til
       for (int t = 0; t < kTall; ++t) w[t] = V::splat(values[j + t]);
 #pragma GCC unroll 12
       for (int i = 0; i < kVectors; ++i) {
-        const V a = V::load(x + i * V::kLanes);
+        const bool whole = kPadded || i < kVectors - 1;
+        const V a = whole ? V::load(x + i * V::kLanes) : V::load(x + i * V::kLanes, last);
 #pragma GCC unroll 4
         for (int t = 0; t < kTall; ++t) sum[t][i] = madd(w[t], a, sum[t][i]);
       }
@@ -34,7 +37,7 @@ inline void sparse_rows_block(const SparseRows& s, int64_t row, const float* til
   }
 }
 
-template <class V, int kTall, int kWide, int kVectors>
+template <class V, int kTall, int kWide, bool kPadded, int kVectors>
 inline void sparse_rows_tile(const SparseRows& s, int64_t begin, int64_t end, const float* tile, int64_t count,
                              float* out, int64_t width) {
   const int64_t last = count - (kVectors - 1) * V::kLanes;
@@ -46,7 +49,7 @@ inline void sparse_rows_tile(const SparseRows& s, int64_t begin, int64_t end, co
 #pragma GCC unroll 12
       for (int i = 0; i < kVectors; ++i) sum[t][i] = start;
     }
-    sparse_rows_block<V, kTall, kWide, kVectors>(s, row, tile, sum);
+    sparse_rows_block<V, kTall, kWide, kPadded, kVectors>(s, row, tile, last, sum);
 #pragma GCC unroll 4
     for (int t = 0; t < kTall; ++t) {
       float* const y = out + ((row - begin) * kTall + t) * width;
@@ -66,7 +69,11 @@ inline void sparse_rows_sized(const SparseRows& s, int64_t begin, int64_t end, c
       return sparse_rows_sized<V, kTall, kWide, kVectors - 1>(s, begin, end, tile, count, out, width);
     }
   }
-  sparse_rows_tile<V, kTall, kWide, kVectors>(s, begin, end, tile, count, out, width);
+  if (s.padded || count == kVectors * V::kLanes) {
+    sparse_rows_tile<V, kTall, kWide, true, kVectors>(s, begin, end, tile, count, out, width);
+  } else {
+    sparse_rows_tile<V, kTall, kWide, false, kVectors>(s, begin, end, tile, count, out, width);
+  }
 }
 
 void sparse_rows(const SparseRows& s, int64_t begin, int64_t end, const float* tile, int64_t count, float* out,
