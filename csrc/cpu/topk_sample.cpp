@@ -1,5 +1,6 @@
 // Selection for topk_mask on CPU in one pass over the scores. A sample brackets the threshold; the pass writes the bits
 // of all that lies above the bracket and collects what lies inside, a few per cent, where the rest is settled.
+#include <array>
 #include <atomic>
 #include <bit>
 #include <cmath>
@@ -13,9 +14,10 @@
 namespace sparsekern {
 namespace {
 
-constexpr int64_t kSamples = int64_t{1} << 15;
+// One group of every 64, at most.
+constexpr int64_t kMostSamples = int64_t{1} << 15;
 // Below this many groups the passes of the radix selection stay in cache, and the sample would not pay.
-constexpr int64_t kSampleFrom = 16 * kSamples;
+constexpr int64_t kSampleFrom = int64_t{1} << 18;
 // Collected groups take 6 bytes each: at most a sixteenth of the size of float32 scores.
 constexpr int64_t kCollectedShare = 24;
 
@@ -27,33 +29,40 @@ struct Bracket {
 std::optional<Bracket> sample_bracket(const TopkSpan& span, int64_t keep, int64_t total) {
   std::vector<int64_t> first{0};
   for (int64_t size : span.sizes) first.push_back(first.back() + size);
-  std::vector<uint32_t> keys(kSamples);
-  torch::stable::parallel_for(0, kSamples, 1024, [&](int64_t from, int64_t to) {
-    // One group of each of kSamples equal stretches, at a place that no period of the scores can follow.
-    const double stretch = static_cast<double>(total) / kSamples;
+  const int64_t samples = std::min(kMostSamples, total / 64);
+  std::vector<uint32_t> keys(samples);
+  torch::stable::parallel_for(0, samples, 1024, [&](int64_t from, int64_t to) {
+    // One group of each of the equal stretches, at a place that no period of the scores can follow.
+    const double stretch = static_cast<double>(total) / static_cast<double>(samples);
     size_t tensor = 0;
+    std::array<int64_t, 64> places;
+    size_t held = 0;
     for (int64_t i = from; i < to; ++i) {
       uint64_t noise = static_cast<uint64_t>(i + 1) * 0x9e3779b97f4a7c15u;
       noise = (noise ^ noise >> 31) * 0xbf58476d1ce4e5b9u;
       const double place = static_cast<double>(noise >> 40) * 0x1p-24;
       const int64_t at = std::min(static_cast<int64_t>((static_cast<double>(i) + place) * stretch), total - 1);
+      if (held == places.size() || at >= first[tensor + 1]) {
+        kernels().topk_gather(span.tensors[tensor], places.data(), held, &keys[i - held]);
+        held = 0;
+      }
       while (at >= first[tensor + 1]) ++tensor;
-      const int64_t group = at - first[tensor];
-      kernels().topk_gather(span.tensors[tensor], &group, 1, &keys[i]);
+      places[held++] = at - first[tensor];
     }
+    kernels().topk_gather(span.tensors[tensor], places.data(), held, &keys[to - held]);
   });
-  const double share = static_cast<double>(keep) / static_cast<double>(total);
-  const double margin = 5 * std::sqrt(share * (1 - share) * kSamples) + 2;
-  const int64_t best = static_cast<int64_t>(share * kSamples - margin);
-  const int64_t worst = static_cast<int64_t>(share * kSamples + margin);
+  const double count = static_cast<double>(samples), share = static_cast<double>(keep) / static_cast<double>(total);
+  const double margin = 5 * std::sqrt(share * (1 - share) * count) + 2;
+  const int64_t best = static_cast<int64_t>(share * count - margin);
+  const int64_t worst = static_cast<int64_t>(share * count + margin);
   const auto nth = [&](int64_t n) {
     std::nth_element(keys.begin(), keys.begin() + n, keys.end(), std::greater<>());
     return keys[n];
   };
-  const Bracket bracket{worst < kSamples ? std::max(nth(worst), 1u) : 1u, best > 0 ? nth(best) : 0xfffffffeu};
+  const Bracket bracket{worst < samples ? std::max(nth(worst), 1u) : 1u, best > 0 ? nth(best) : 0xfffffffeu};
   const int64_t within =
       std::count_if(keys.begin(), keys.end(), [&](uint32_t key) { return key >= bracket.lo && key <= bracket.hi; });
-  if (within > kSamples / kCollectedShare) return std::nullopt;
+  if (within > samples / kCollectedShare) return std::nullopt;
   return bracket;
 }
 
@@ -139,10 +148,11 @@ void settle(const TopkSpan& span, const TopkLayout* layouts, const Scan& scan, c
                  [&](const TopkTensor& t, int64_t task, int64_t begin, const uint32_t* keys, const uint16_t* places) {
                    int64_t left = ties[task];
                    for (int64_t i = 0; i < scan.within[task]; ++i) {
-                     const bool tie = keys[i] == threshold.key && left > 0;
+                     // Without branches: they would be mispredicted.
+                     const bool tie = (keys[i] == threshold.key) & (left > 0);
                      left -= tie;
                      const int64_t group = begin + places[i];
-                     t.chosen[group >> 3] |= static_cast<uint8_t>((keys[i] > threshold.key || tie) << (group & 7));
+                     t.chosen[group >> 3] |= static_cast<uint8_t>(((keys[i] > threshold.key) | tie) << (group & 7));
                    }
                  });
   if (split) topk_choose_ties(span, layouts, *split, threshold.key);
