@@ -213,6 +213,13 @@ def train(make, dtype, steps=5):
     return params, optimizer
 
 
+def _torch_fused_updates(dtype):
+    w = torch.ones(64, dtype=dtype, requires_grad=True)
+    w.grad = torch.ones_like(w)
+    torch.optim.SGD([w], lr=0.5, fused=True).step()
+    return bool((w == 0.5).all())
+
+
 @pytest.mark.skipif(not torch_has_fma, reason="torch has no fma on this CPU")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
@@ -230,6 +237,8 @@ def test_optimizer_equals_torch_without_masks(backend, dtype, hyper):
         pytest.skip("covered by the agreement of the backends")
     # torch's own low-precision arithmetic is float32 inside only when fused.
     fused = dtype in (torch.bfloat16, torch.float16)
+    if fused and not _torch_fused_updates(dtype):
+        pytest.skip("torch's own fused SGD leaves long vectors of this dtype alone (pytorch issue 191763)")
     got, ours = train(lambda p: sk.MaskedSGD(p, **hyper), dtype)
     want, theirs = train(lambda p: torch.optim.SGD(p, **hyper, fused=fused), dtype)
     torch.testing.assert_close(got, want, rtol=0, atol=0)
