@@ -182,6 +182,22 @@ def test_bad_input_is_explained_and_changes_nothing(tmp_path, monkeypatch, no_pi
     assert sorted(os.listdir(path.parent)) == sorted(set(FILES) - (set() if matplotlib() else {"curves.png"}))
 
 
+def test_every_epoch_sees_every_image_once_in_an_order_of_its_own():
+    orders = []
+    for seed in (0, 1):
+        run = train.Run(recipe.resolve("digits", [*TINY, f"seed={seed}"]))
+        count = len(run.data.labels)
+        run.data = run.data._replace(labels=torch.arange(count))
+        for epoch in (0, 1):
+            batches = []
+            for run.step in range(12 * epoch, 12 * (epoch + 1)):
+                torch.rand(1)  # whatever else draws numbers
+                batches.append(run.batch()[1])
+            orders.append(torch.cat(batches))
+            assert torch.equal(orders[-1].sort().values, torch.arange(count))
+    assert not any(torch.equal(a, b) for i, a in enumerate(orders) for b in orders[:i])
+
+
 def test_entropy_and_loss_against_hand_calculated_values():
     logits = torch.tensor([[2.0, 1.0, 0.0]])
     found = evaluation.evaluate(nn.Identity(), logits, torch.tensor([0]))
