@@ -74,13 +74,19 @@ struct MaskedSgd {
   // Vectors with a live element only. They are listed first: a branch for each would be guessed wrong so often that
   // memory is no longer read ahead, and then skipping costs more than it saves.
   int64_t live(int64_t i, int64_t end) const {
-    constexpr int kChunk = 2048, kAhead = 24;
+    constexpr int kChunk = 2048, kAhead = 24, kProbe = 128;
     uint16_t list[kChunk + kAhead];
     while (i + V::kLanes <= end) {
       const int64_t left = (end - i) / V::kLanes;
       const int count = left < kChunk ? static_cast<int>(left) : kChunk;
       int found = 0;
-      for (int j = 0; j < count; ++j) {
+      // A look at the first ones saves the list where it would not pay.
+      for (int j = 0; j < count && j < kProbe; ++j) {
+        found += mask_bits<V::kLanes>(t.mask, i + int64_t{j} * V::kLanes) != 0;
+      }
+      const bool dense = found > kProbe / 4;
+      found = dense ? count : 0;
+      for (int j = 0; j < count && !dense; ++j) {
         list[found] = static_cast<uint16_t>(j);
         found += mask_bits<V::kLanes>(t.mask, i + int64_t{j} * V::kLanes) != 0;
       }
