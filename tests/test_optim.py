@@ -13,6 +13,13 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 torch_has_fma = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "NO AVX")
 
 
+def _torch_fused_updates(dtype):
+    w = torch.ones(64, dtype=dtype, requires_grad=True)
+    w.grad = torch.ones_like(w)
+    torch.optim.SGD([w], lr=0.5, fused=True).step()
+    return bool((w == 0.5).all())
+
+
 def train(make, dtype, steps=5):
     torch.manual_seed(0)
     params = [torch.randn(n, dtype=dtype).requires_grad_() for n in [(3, 5), (17,), (33, 4)]]
@@ -41,6 +48,8 @@ def train(make, dtype, steps=5):
 def test_optimizer_equals_torch_without_masks(native, dtype, hyper):
     # torch's own low-precision arithmetic is float32 inside only when fused.
     fused = dtype in (torch.bfloat16, torch.float16)
+    if fused and not _torch_fused_updates(dtype):
+        pytest.skip("torch's own fused SGD leaves long vectors of this dtype alone (pytorch issue 191763)")
     got, ours = train(lambda p: sk.MaskedSGD(p, **hyper), dtype)
     want, theirs = train(lambda p: torch.optim.SGD(p, **hyper, fused=fused), dtype)
     torch.testing.assert_close(got, want, rtol=0, atol=0)
