@@ -45,6 +45,7 @@ def extension():
             "csrc/cpu/dispatch.cpp",
             "csrc/cpu/masked_sgd.cpp",
             "csrc/cpu/sparse_conv2d.cpp",
+            "csrc/cpu/sparse_gradient.cpp",
             "csrc/cpu/sparse_grid.cpp",
             "csrc/cpu/sparse_product.cpp",
             "csrc/cpu/topk_mask.cpp",
