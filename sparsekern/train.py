@@ -1,139 +1,272 @@
-"""AC/DC training of a small residual network on scikit-learn's digits: python -m sparsekern.train [--epochs 20].
+"""The training program: a recipe in, a folder with metrics, checkpoints, curves and a report out.
 
-Leaves runs/NAME/metrics.jsonl, sparse.pt and dense.pt (plain state dicts). The dense twin is the network at the end of
-the last dense phase, which AC/DC trains along (arXiv 2308.02060).
+    sparsekern train RECIPE [key=value ...] [--name NAME]
+
+A run can be stopped at any step (Ctrl-C, SIGTERM, a crash after the last checkpoint) and the same command goes on. The
+result is that of an uninterrupted run, bit for bit on the same machine and number of threads: a checkpoint holds the
+weights, momentum, masks, position and random state, and everything else is a function of the recipe and the step.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
-import os
+import math
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 import sparsekern as sk
+from sparsekern import checkpoint, data, models, recipe, results, run_report
+from sparsekern.evaluation import count_sparsity, evaluate
+from sparsekern.progress import Progress, StopRequest
+from sparsekern.recipe import Recipe
+
+_LEARNING_RATES = {"linear": sk.linear_lr, "cosine": sk.cosine_lr, "constant": sk.constant_lr}
+_VERSION = 1
 
 
-class Block(nn.Module):
-    """Two 3x3 convolutions with a shortcut."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn1, self.bn2 = nn.BatchNorm2d(outputs), nn.BatchNorm2d(outputs)
-        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if stride > 1 else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = functional.relu(self.bn1(self.conv1(x)))
-        return functional.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+class Stopped(Exception):
+    """The run was asked to stop and left a checkpoint."""
 
 
-def network() -> nn.Module:
-    """A residual network for 8x8 grey images and 10 classes; (N, 1, 8, 8) -> (N, 10)."""
-    return nn.Sequential(
-        nn.Conv2d(1, 32, 3, 1, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
-        Block(32, 32, 1), Block(32, 64, 2), Block(64, 64, 1),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10),
-    )  # fmt: skip
+class RunError(ValueError):
+    """The folder of the run does not fit the command."""
 
 
-def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Train images and labels, test images and labels: 1437 and 360, split by a fixed permutation."""
-    from sklearn.datasets import load_digits
+class Run:
+    """Everything that training changes, built from a recipe; `state_dict` holds all of it."""
 
-    data = load_digits()
-    x = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
-    y = torch.tensor(data.target)
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
-    train, test = order[:1437], order[1437:]
-    return x[train], y[train], x[test], y[test]
+    def __init__(self, settings: Recipe):
+        self.recipe = settings
+        found = "cuda" if torch.cuda.is_available() else "cpu"
+        if settings.device == "cuda" and found == "cpu":
+            raise recipe.RecipeError("device: given 'cuda', allowed without a GPU in sight: auto, cpu")
+        self.device = torch.device(found if settings.device == "auto" else settings.device)
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        torch.manual_seed(settings.seed)
+        self.data = data.load(settings.data.name).to(self.device)
+        channels = self.data.images.shape[1]
+        self.model = models.build(settings.model, channels, self.data.classes).to(self.device)
+        chosen = settings.optimizer
+        self.optimizer = sk.MaskedSGD(
+            self.model.parameters(), chosen.lr, chosen.momentum,
+            weight_decay=chosen.weight_decay, nesterov=chosen.nesterov,
+        )  # fmt: skip
+        self.steps_per_epoch = math.ceil(len(self.data.labels) / settings.batch)
+        self.total_steps = self.steps_per_epoch * settings.epochs
+        method = settings.method
+        self.sparsifier = sk.ACDC(
+            method.sparsity, sk.acdc_schedule(settings.epochs, rule=method.rule), pattern=method.pattern,
+            distribution=method.distribution, include=method.include, exclude=method.exclude, reset=method.reset,
+        ).attach(self.model, self.optimizer, self.steps_per_epoch)  # fmt: skip
+        self.step, self.seconds = 0, 0.0
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.sparsity = self.count_sparsity()
+        self.rows: list[dict[str, Any]] = []
+        self.twin: dict[str, Tensor] | None = None
+
+    def learning_rate(self) -> float:
+        """Of the step to come."""
+        chosen = self.recipe.optimizer
+        warmup = chosen.warmup_epochs * self.steps_per_epoch
+        multiplier = _LEARNING_RATES[chosen.schedule](self.step, total_steps=self.total_steps, warmup_steps=warmup)
+        return chosen.lr * multiplier
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """Images and labels of the step to come; the order is a function of seed and epoch."""
+        epoch, i = divmod(self.step, self.steps_per_epoch)
+        generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self.data.labels), generator=generator)
+        chosen = order.split(self.recipe.batch)[i].to(self.device)
+        return self.data.images[chosen], self.data.labels[chosen]
+
+    def advance(self) -> None:
+        """One optimizer step, with what is due at the end of a phase and of an epoch."""
+        start = time.monotonic()
+        x, y = self.batch()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        loss = functional.cross_entropy(self.model(x), y)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.loss_sum += loss.detach() * len(y)
+        self.step += 1
+        phase, epoch_ends = self.sparsifier.phase, self.step % self.steps_per_epoch == 0
+        phase_ends = self.step < self.total_steps and self.sparsifier.schedule.at(self.step) != phase
+        if phase_ends and isinstance(phase, sk.Dense):
+            # The dense network that AC/DC trains along: as it is before the pruning that comes now.
+            self.twin = {name: value.clone() for name, value in self.model.state_dict().items()}
+        if epoch_ends:
+            self._add_row(start)
+        self.sparsifier.step()
+        if epoch_ends or phase_ends:
+            self.sparsity = self.count_sparsity()
+        self.seconds += time.monotonic() - start
+
+    def _add_row(self, start: float) -> None:
+        """Metrics at the end of an epoch, before the next phase begins."""
+        found = evaluate(self.model, self.data.validation_images, self.data.validation_labels)
+        self.rows.append(
+            {
+                "epoch": self.step // self.steps_per_epoch, "step": self.step, "phase": str(self.sparsifier.phase),
+                "lr": self.optimizer.param_groups[0]["lr"], "loss": self.loss_sum.item() / len(self.data.labels),
+                "validation_loss": found["loss"], "accuracy": found["accuracy"], "entropy": found["entropy"],
+                "sparsity": self.count_sparsity(),
+                "seconds": round(self.seconds + time.monotonic() - start, 3),
+            }
+        )  # fmt: skip
+        self.loss_sum.zero_()
+
+    def count_sparsity(self) -> float:
+        """Share of exact zeros among the prunable weights."""
+        return count_sparsity([self.sparsifier.masks.parameter(name) for name in self.sparsifier.masks])
+
+    def note(self) -> str:
+        """How the run stands, for the progress bar: epoch, loss, accuracy, phase, sparsity as counted."""
+        epoch = min(self.step // self.steps_per_epoch + 1, self.recipe.epochs)
+        scores = f"loss {self.rows[-1]['loss']:.4f}, accuracy {self.rows[-1]['accuracy']:.4f}, " if self.rows else ""
+        phase = "dense" if isinstance(self.sparsifier.phase, sk.Dense) else "sparse"
+        return f"epoch {epoch}/{self.recipe.epochs}, {scores}{phase} phase, sparsity {self.sparsity:.4f}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next step depends on, and what the run has to tell so far."""
+        return {
+            "version": _VERSION, "recipe": recipe.to_toml(self.recipe), "step": self.step, "seconds": self.seconds,
+            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "sparsifier": self.sparsifier.state_dict(), "twin": self.twin, "rows": self.rows,
+            "loss_sum": self.loss_sum, "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict` of a run of the same recipe."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.sparsifier.load_state_dict(state["sparsifier"])
+        self.step, self.seconds, self.twin = state["step"], state["seconds"], state["twin"]
+        self.rows, self.loss_sum = list(state["rows"]), state["loss_sum"].to(self.device)
+        self.sparsity = self.count_sparsity()
+        torch.set_rng_state(state["random"].cpu())
+        if self.device.type == "cuda" and state["random_cuda"] is not None:
+            torch.cuda.set_rng_state(state["random_cuda"].cpu(), self.device)
 
 
-@torch.no_grad()
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Share of right answers in evaluation mode; the mode is restored."""
-    model.eval()
-    right = (model(x).argmax(1) == y).float().mean().item()
-    model.train()
-    return right
+def stored_state(path: Path, settings: Recipe) -> dict[str, Any] | None:
+    """The checkpoint of an unfinished run, or None; an error if it is damaged or belongs to another recipe."""
+    if not path.exists():
+        return None
+    state = checkpoint.load(path)
+    if state.get("version") != _VERSION:
+        raise checkpoint.CheckpointError(path, f"is of version {state.get('version')}, this program reads {_VERSION}")
+    changed = recipe.differences(settings, recipe.parse(state["recipe"], str(path)))
+    changed = [line for line in changed if not line.startswith("measure:")]
+    if changed:
+        raise RunError(
+            f"{path}: an unfinished run of another recipe (key: given now, stored): {'; '.join(changed)}. "
+            "Give the same keys to go on, another --name to start beside it, or delete the folder."
+        )
+    return state
 
 
-def save(state: dict, path: Path) -> None:
-    """Write beside the target and rename, so a failed write leaves the last good file."""
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+def train(settings: Recipe, folder: Path, overwrite: bool = False) -> dict[str, Any]:
+    """Train in `folder`, going on from its checkpoint if there is one, and return the results.
+
+    Raises Stopped after a Ctrl-C, RunError if the folder holds a finished run (unless `overwrite`) or an unfinished
+    one of another recipe, CheckpointError if a file cannot be read or written.
+    """
+    path = folder / "checkpoint.pt"
+    state = stored_state(path, settings)
+    if state is None and (folder / "result.json").exists() and not overwrite:
+        raise RunError(f"{folder}: holds a finished run; give another --name, or --overwrite to replace it")
+    run = Run(settings)
+    if state is not None:
+        run.load_state_dict(state)
+        print(f"\nGoing on at step {run.step} of {run.total_steps}, from {path}")
+    checkpoint.make_folder(folder)
+    if state is None:
+        for stale in ("result.json", "report.html", "curves.png", "sparse.pt", "dense.pt", "metrics.jsonl"):
+            (folder / stale).unlink(missing_ok=True)
+    checkpoint.write_atomically(folder / "recipe.toml", recipe.to_toml(settings).encode())
+    print(f"\nTraining on {run.device}, {torch.get_num_threads()} threads; files in {folder}\n", flush=True)
+    with StopRequest() as stop, Progress(run.total_steps, run.step) as bar:
+        while run.step < run.total_steps:
+            run.advance()
+            bar.advance(run.note())
+            if stop.requested or run.step % run.steps_per_epoch == 0:
+                save_progress(run, folder)
+            if stop.requested:
+                raise Stopped(f"stopped at step {run.step} of {run.total_steps}; the same command goes on from {path}")
+    return finish(run, folder)
 
 
-def sparsity(masks: sk.MaskSet) -> float:
-    """Share of exact zeros among the prunable weights, counted from the weights."""
-    weights = [masks.parameter(name) for name in masks]
-    return sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
+def save_progress(run: Run, folder: Path) -> None:
+    """Checkpoint, then metrics: after a crash in between, the next run writes the metrics again."""
+    checkpoint.save(run.state_dict(), folder / "checkpoint.pt")
+    lines = "".join(json.dumps(row) + "\n" for row in run.rows)
+    checkpoint.write_atomically(folder / "metrics.jsonl", lines.encode())
 
 
-def train(epochs: int, target: float, seed: int, folder: Path, batch: int = 64) -> dict:
-    """Train, write the run's files, return the final figures."""
-    torch.manual_seed(seed)
-    x, y, test_x, test_y = digits()
-    model = network()
-    optimizer = sk.MaskedSGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
-    steps = -(-len(y) // batch)
-    total = steps * epochs
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: sk.linear_lr(min(step, total), total_steps=total, warmup_steps=min(2 * steps, total // 2)),
-    )
-    sparsifier = sk.ACDC(target, sk.acdc_schedule(epochs=epochs)).attach(model, optimizer, steps_per_epoch=steps)
-    folder.mkdir(parents=True, exist_ok=True)
-    result, start = {"seed": seed}, time.perf_counter()
-    with (folder / "metrics.jsonl").open("w") as log:
-        for epoch in range(epochs):
-            for i, chosen in enumerate(torch.randperm(len(y)).split(batch)):
-                loss = functional.cross_entropy(model(x[chosen]), y[chosen])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                scheduler.step()
-                phase = sparsifier.phase
-                if isinstance(phase, sk.Dense):
-                    twin = {k: v.clone() for k, v in model.state_dict().items()}
-                if i == steps - 1:  # measured before the next phase begins
-                    row = {
-                        "epoch": epoch, "phase": str(phase), "loss": loss.item(),
-                        "accuracy": accuracy(model, test_x, test_y), "sparsity": sparsity(sparsifier.masks),
-                    }  # fmt: skip
-                sparsifier.step()
-            log.write(json.dumps(row) + "\n")
-            left = (time.perf_counter() - start) / (epoch + 1) * (epochs - epoch - 1)
-            print(f"epoch {epoch + 1:3}/{epochs} {row['phase']:12} loss {row['loss']:.4f} accuracy "
-                  f"{row['accuracy']:.4f} sparsity {row['sparsity']:.4f}  {left:4.0f} s left", flush=True)  # fmt: skip
-    result |= {"sparse_accuracy": row["accuracy"], "sparsity": row["sparsity"]}
-    save(sparsifier.finalize().state_dict(), folder / "sparse.pt")
-    print(f"\n{sparsifier.layers()}\n")
-    model.load_state_dict(twin)
-    save(twin, folder / "dense.pt")
-    return {**result, "dense_accuracy": accuracy(model, test_x, test_y)}
+def finish(run: Run, folder: Path) -> dict[str, Any]:
+    """Write what a finished run leaves, print its tables, and drop the training checkpoint."""
+    result = results.gather(run, folder.name)
+    print()
+    for table in run_report.tables(result):
+        print(f"\n{table.text()}")
+    print(f"\nMeasured on {result['machine']}")
+    checkpoint.save(run.sparsifier.finalize().state_dict(), folder / "sparse.pt")
+    checkpoint.save(run.twin, folder / "dense.pt")
+    try:
+        picture = run_report.curves(run.rows, result["phases"])
+        checkpoint.write_atomically(folder / "curves.png", picture)
+    except ModuleNotFoundError:
+        picture = None
+        print("no curves.png: matplotlib is missing, install it with pip install 'sparsekern[train]'", file=sys.stderr)
+    checkpoint.write_atomically(folder / "report.html", run_report.page(result, picture).encode())
+    checkpoint.write_atomically(folder / "result.json", json.dumps(result, indent=1).encode())
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
+    print(f"\nFiles in {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+    return result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--sparsity", type=float, default=0.95)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--name", default="demo", help="folder of the run below runs/")
-    options = parser.parse_args()
-    folder = Path("runs") / options.name
-    result = train(options.epochs, options.sparsity, options.seed, folder)
-    print(f"sparse accuracy {result['sparse_accuracy']:.4f} at sparsity {result['sparsity']:.4f}, "
-          f"dense twin {result['dense_accuracy']:.4f}; files in {folder}")  # fmt: skip
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `sparsekern train`."""
+    parser.add_argument("recipe", help=f"a TOML file, or one of {', '.join(recipe.shipped())}")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as in epochs=40 method.sparsity=0.9")
+    parser.add_argument("--name", help="folder of the run below runs/; default: the name of the recipe")
+    parser.add_argument("--overwrite", action="store_true", help="replace a finished run of that name")
+
+
+def run_command(options: argparse.Namespace) -> int:
+    """`sparsekern train`: 0 when the run finished, 130 when it was stopped, 2 for an error that it explains."""
+    try:
+        settings = recipe.resolve(options.recipe, options.overrides)
+        train(settings, Path("runs") / (options.name or Path(options.recipe).stem), options.overwrite)
+    except (recipe.RecipeError, RunError, checkpoint.CheckpointError, ModuleNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint, if there is one", file=sys.stderr)
+        return 130
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="sparsekern train", description=(__doc__ or "").splitlines()[0])
+    add_arguments(parser)
+    return run_command(parser.parse_args(arguments))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,6 +6,7 @@
 #include "sparse_pack.h"
 #include "sparse_rows.h"
 #include "topk_mask.h"
+#include "topk_n_of_m.h"
 
 namespace sparsekern {
 extern const Kernels SPARSEKERN_TABLE = {

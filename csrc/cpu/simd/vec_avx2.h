@@ -103,11 +103,16 @@ struct WideOf<double> {
   using type = F64x4;
 };
 
-inline uint32_t at_least_bits(const uint32_t* keys, uint32_t least) {
-  const __m256i flip = _mm256_set1_epi32(INT32_MIN);
-  const __m256i key = _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(keys)), flip);
-  const __m256i bound = _mm256_xor_si256(_mm256_set1_epi32(static_cast<int>(least)), flip);
-  return ~static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(bound, key)))) & 0xffu;
+// One bit per key of 64, set where key >= least.
+inline uint64_t at_least_bits(const uint32_t* keys, uint32_t least) {
+  const __m256i bound = _mm256_set1_epi32(static_cast<int>(least));
+  uint64_t bits = 0;
+  for (int j = 0; j < 8; ++j) {
+    const __m256i key = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(keys + 8 * j));
+    const __m256i hit = _mm256_cmpeq_epi32(_mm256_max_epu32(key, bound), key);
+    bits |= static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(hit)))) << (8 * j);
+  }
+  return bits;
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// AVX-512 F, BW, DQ, VL.
+// AVX-512 F, BW, DQ, VL. The maskz forms spare gcc 12 a false warning: its plain ones start from an undefined value.
 #pragma once
 #define SPARSEKERN_WIDE 1
 #include <immintrin.h>
@@ -13,19 +13,21 @@ struct F32x16 {
   static F32x16 set(double x) { return {_mm512_set1_ps(static_cast<float>(x))}; }
   static F32x16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
   static F32x16 load(const BFloat16* p) {
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
+    const __m512i wide = _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return {_mm512_castsi512_ps(_mm512_maskz_slli_epi32(0xffff, wide, 16))};
   }
   static F32x16 load(const Float16* p) {
-    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+    return {_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
   }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store(BFloat16* p) const {
     const __m512i bits = _mm512_castps_si512(v);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i odd = _mm512_and_si512(_mm512_maskz_srli_epi32(0xffff, bits, 16), _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     const __m512i quiet = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(quiet, 16)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_maskz_cvtepi32_epi16(0xffff, _mm512_maskz_srli_epi32(0xffff, quiet, 16)));
   }
   void store(Float16* p) const {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT));
@@ -97,9 +99,14 @@ struct WideOf<double> {
   using type = F64x8;
 };
 
-inline uint32_t at_least_bits(const uint32_t* keys, uint32_t least) {
-  const __m256i key = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(keys));
-  return _mm256_cmpge_epu32_mask(key, _mm256_set1_epi32(static_cast<int>(least)));
+// One bit per key of 64, set where key >= least.
+inline uint64_t at_least_bits(const uint32_t* keys, uint32_t least) {
+  const __m512i bound = _mm512_set1_epi32(static_cast<int>(least));
+  uint64_t bits = 0;
+  for (int j = 0; j < 4; ++j) {
+    bits |= static_cast<uint64_t>(_mm512_cmpge_epu32_mask(_mm512_loadu_si512(keys + 16 * j), bound)) << (16 * j);
+  }
+  return bits;
 }
 
 }  // namespace

@@ -114,12 +114,19 @@ struct WideOf {
   using type = Lane<T>;
 };
 
-// One bit per key of eight, set where key >= least.
-inline uint32_t at_least_bits(const uint32_t* keys, uint32_t least) {
-  uint32_t bits = 0;
-  for (int j = 0; j < 8; ++j) bits |= static_cast<uint32_t>(keys[j] >= least) << j;
+// One bit per key of 64, set where key >= least.
+inline uint64_t at_least_bits(const uint32_t* keys, uint32_t least) {
+  uint64_t bits = 0;
+  for (int j = 0; j < 64; ++j) bits |= static_cast<uint64_t>(keys[j] >= least) << j;
   return bits;
 }
 #endif
+
+// Keys of float64 scores, on every instruction set.
+inline uint64_t at_least_bits(const uint64_t* keys, uint64_t least) {
+  uint64_t bits = 0;
+  for (int j = 0; j < 64; ++j) bits |= static_cast<uint64_t>(keys[j] >= least) << j;
+  return bits;
+}
 
 }  // namespace
