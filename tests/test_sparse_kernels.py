@@ -86,3 +86,64 @@ def test_linear_agrees_with_float64_on_any_number_of_threads(native, rows, patte
     assert_close(found, exact, 37)
     threads(3)
     assert torch.equal(found, sk.ops.sparse_linear(x.t().contiguous().t(), w, s, b))
+
+
+def gradients(function, *tensors):
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    result = function(*leaves)
+    ramp = torch.linspace(-1, 1, result.numel(), dtype=torch.float64).reshape(result.shape)
+    return torch.autograd.grad(result, leaves, ramp.to(result.dtype))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_conv2d_gradients_agree_with_float64_on_any_number_of_threads(native, case, pattern, threads):
+    out, channels, groups, kernel, size, *geometry, batch = case
+    shape = (out, channels // groups, *kernel)
+    x, w = torch.randn(batch, channels, *size), torch.randn(shape)
+    for sparsity in (0.0, 0.8, 1.0):
+        mask = block_mask(shape, pattern, sparsity)
+        s = sk.ops.sparse_structure(mask, pattern, groups=groups)
+        exact = gradients(
+            lambda x, w, m=mask: torch.nn.functional.conv2d(x, torch.where(m, w, 0), None, *geometry, groups),
+            x.double(), w.double(),
+        )  # fmt: skip
+        for last in (False, True):
+            layout = LAST if last else torch.contiguous_format
+            inputs = [x.to(memory_format=layout), torch.where(mask, w, torch.nan).to(memory_format=layout)]
+            run = lambda x, w, s=s: sk.ops.sparse_conv2d(x, w, s, None, *geometry, groups)  # noqa: E731
+            threads(1)
+            found = gradients(run, *inputs)
+            assert_close(found[0], exact[0], out * kernel[0] * kernel[1])
+            assert_close(found[1], exact[1], batch * size[0] * size[1])
+            assert not found[1][~mask].any()
+            threads(3)
+            assert all(torch.equal(a, b) for a, b in zip(found, gradients(run, *inputs), strict=True))
+
+
+@pytest.mark.parametrize("rows", [1, 250])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_linear_gradients_agree_with_float64_on_any_number_of_threads(native, rows, pattern, threads):
+    mask = block_mask((28, 36), pattern, 0.7)
+    x, w = torch.randn(rows, 36), torch.randn(28, 36)
+    s = sk.ops.sparse_structure(mask, pattern)
+    exact = gradients(lambda x, w: x @ torch.where(mask, w, 0).t(), x.double(), w.double())
+    run = lambda x, w: sk.ops.sparse_linear(x, w, s)  # noqa: E731
+    threads(1)
+    found = gradients(run, x, torch.where(mask, w, torch.nan))
+    assert_close(found[0], exact[0], 28)
+    assert_close(found[1], exact[1], rows)
+    threads(3)
+    again = gradients(run, x, torch.where(mask, w, torch.nan))
+    assert torch.equal(found[0], again[0]) and torch.equal(found[1], again[1])
+
+
+@pytest.mark.parametrize("pointers, indices", [([0, 2, 3], [0, 8, 1]), ([0, 2, 3], [1, 1, 0]), ([0, 4, 3], [0, 1, 2])])
+def test_hostile_structures_raise_from_gradients(pointers, indices):
+    tensors = [torch.tensor(t, dtype=torch.int32) for t in (pointers, indices)]
+    x, w = torch.randn(1, 2, 4, 4), torch.randn(2, 2, 2, 2)
+    for needs in ([True, False, False], [False, True, False]):
+        with pytest.raises(ValueError, match="structure"):
+            torch.ops.sparsekern.sparse_conv2d_backward(
+                torch.randn(1, 2, 3, 3), x, w, tensors, "unstructured", [1, 1], [0, 0], [1, 1], 1, needs
+            )

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "sparse_gradient.h"
 #include "sparse_product.h"
 
 namespace sparsekern {
@@ -109,10 +110,82 @@ bool sparse_linear_cpu(Tensor result, Tensor input, Tensor weight, std::vector<T
                         {result.mutable_data_ptr<float>(), {0, result.stride(1), 0, result.stride(0)}});
 }
 
+// One spatial axis of both operands of a gradient.
+GradientAxis gradient_axis(const Tensor& input, const Tensor& weight, const Tensor& grad, int64_t dim, int64_t stride,
+                           int64_t padding, int64_t dilation) {
+  return {axis(input, weight, grad, dim, stride, padding, dilation), input.size(dim), weight.size(dim), dilation};
+}
+
+// Fills the gradients of input and weight that are not empty; false, with unknown results, if the structure is not one.
+bool sparse_conv2d_backward_cpu(Tensor grad_input, Tensor grad_weight, Tensor grad, Tensor input, Tensor weight,
+                                std::vector<Tensor> structure, std::string layout, std::vector<int64_t> stride,
+                                std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups) {
+  check_float(input, "input", 4);
+  check_float(weight, "weight", 4);
+  check_float(grad, "grad", 4);
+  STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
+                  "sparse_conv2d_backward: stride, padding and dilation must have two entries");
+  STD_TORCH_CHECK(input.size(1) == weight.size(1) * groups && grad.size(0) == input.size(0) &&
+                      grad.size(1) == weight.size(0) && grad.numel() > 0,
+                  "sparse_conv2d_backward: input, weight and grad must agree in batch and channels");
+  const SparseWeight w = sparse_weight(weight, structure, layout, groups);
+  const GradientAxis rows = gradient_axis(input, weight, grad, 2, stride[0], padding[0], dilation[0]);
+  const GradientAxis columns = gradient_axis(input, weight, grad, 3, stride[1], padding[1], dilation[1]);
+  const Image<const float> gradients{grad.const_data_ptr<float>(), strides_of(grad)};
+  if (grad_weight.numel() > 0) {
+    check_float(grad_weight, "grad_weight", 4);
+    STD_TORCH_CHECK(grad_weight.sizes() == weight.sizes(),
+                    "sparse_conv2d_backward: grad_weight must have weight's shape");
+    const Grid grid(rows.forward, columns.forward, input.size(0), lanes());
+    if (!sparse_weight_gradient(grid, {input.const_data_ptr<float>(), strides_of(input)}, w, gradients,
+                                {grad_weight.mutable_data_ptr<float>(), strides_of(grad_weight)})) {
+      return false;
+    }
+  }
+  if (grad_input.numel() == 0) return true;
+  check_float(grad_input, "grad_input", 4);
+  STD_TORCH_CHECK(grad_input.sizes() == input.sizes(), "sparse_conv2d_backward: grad_input must have input's shape");
+  return sparse_input_gradient(rows, columns, gradients, w,
+                               {grad_input.mutable_data_ptr<float>(), strides_of(grad_input)}, input.size(0), lanes());
+}
+
+Strides pixel_rows(const Tensor& t) { return {0, t.stride(1), 0, t.stride(0)}; }
+
+// Fills the gradients of input and weight that are not empty; false, with unknown results, if the structure is not one.
+bool sparse_linear_backward_cpu(Tensor grad_input, Tensor grad_weight, Tensor grad, Tensor input, Tensor weight,
+                                std::vector<Tensor> structure, std::string layout) {
+  check_float(input, "input", 2);
+  check_float(weight, "weight", 2);
+  check_float(grad, "grad", 2);
+  const int64_t count = input.size(0);
+  STD_TORCH_CHECK(
+      input.size(1) == weight.size(1) && grad.size(0) == count && grad.size(1) == weight.size(0) && grad.numel() > 0,
+      "sparse_linear_backward: input, weight and grad must agree in rows and features");
+  const SparseWeight w = sparse_weight(weight, structure, layout, 1);
+  const GradientAxis rows{Axis(1, 1, 1, 0, {0}), 1, 1, 1}, columns{Axis(count, count, 1, 0, {0}), count, 1, 1};
+  const Image<const float> gradients{grad.const_data_ptr<float>(), pixel_rows(grad)};
+  if (grad_weight.numel() > 0) {
+    check_float(grad_weight, "grad_weight", 2);
+    STD_TORCH_CHECK(grad_weight.sizes() == weight.sizes(), "sparse_linear_backward: grad_weight must match weight");
+    if (!sparse_weight_gradient(
+            Grid(rows.forward, columns.forward, 1, lanes()), {input.const_data_ptr<float>(), pixel_rows(input)}, w,
+            gradients, {grad_weight.mutable_data_ptr<float>(), {grad_weight.stride(0), grad_weight.stride(1), 0, 0}})) {
+      return false;
+    }
+  }
+  if (grad_input.numel() == 0) return true;
+  check_float(grad_input, "grad_input", 2);
+  STD_TORCH_CHECK(grad_input.sizes() == input.sizes(), "sparse_linear_backward: grad_input must match input");
+  return sparse_input_gradient(rows, columns, gradients, w,
+                               {grad_input.mutable_data_ptr<float>(), pixel_rows(grad_input)}, 1, lanes());
+}
+
 }  // namespace
 }  // namespace sparsekern
 
 STABLE_TORCH_LIBRARY_IMPL(sparsekern, CPU, m) {
   m.impl("_sparse_conv2d_cpu", TORCH_BOX(&sparsekern::sparse_conv2d_cpu));
+  m.impl("_sparse_conv2d_backward_cpu", TORCH_BOX(&sparsekern::sparse_conv2d_backward_cpu));
+  m.impl("_sparse_linear_backward_cpu", TORCH_BOX(&sparsekern::sparse_linear_backward_cpu));
   m.impl("_sparse_linear_cpu", TORCH_BOX(&sparsekern::sparse_linear_cpu));
 }

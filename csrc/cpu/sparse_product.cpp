@@ -9,43 +9,38 @@
 #include "sparse_rows.h"
 
 namespace sparsekern {
+
+int64_t part_begin(const int32_t* pointers, int64_t rows, int64_t i, int64_t n) {
+  const int64_t wanted = (pointers[rows] + 2 * rows) * i / n;
+  int64_t low = 0, high = rows;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    (pointers[middle] + 2 * middle < wanted ? low = middle + 1 : high = middle);
+  }
+  return low;
+}
+
 namespace {
 
-// Half of a usual second-level cache: the other half streams the weights.
-constexpr int64_t kTileFloats = (512 << 10) / 4;
 // Output channels between scratch and image: with the 96 pixels of a tall tile, 24 KiB.
 constexpr int64_t kScratchRows = 64;
 
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+SparseLimits limits() {
+  SparseLimits found;
+  kernels().sparse_limits(&found);
+  return found;
+}
+
 // Channels are neighbours and pixels are not.
 bool channels_last(const Strides& s) { return s.channel == 1 && s.column != 1; }
-
-// The packed tile: as many numbers as fit the cache, cut evenly; a kernel call takes `part` of them.
-struct Tiling {
-  int64_t tile, width, per_span, count, part;
-
-  Tiling(const Grid& grid, int64_t channels, int64_t lanes, int64_t most) {
-    const int64_t vectors = ceil_divide(grid.length, lanes);
-    const int64_t room = kTileFloats / (channels * grid.planes()) - grid.reach;
-    // Without a reach nothing is packed twice, and the smallest tile is the best one.
-    const int64_t fitting = grid.reach ? std::max(most, room / lanes) : most;
-    per_span = ceil_divide(vectors, fitting);
-    tile = ceil_divide(vectors, per_span) * lanes;
-    per_span = ceil_divide(grid.length, tile);
-    width = ceil_divide(tile + grid.reach, lanes) * lanes;
-    // An odd number of cache lines spreads the rows of a tile over all sets.
-    if (tile > most * lanes && width / 16 % 2 == 0) width += std::max<int64_t>(lanes, 16);
-    count = per_span * grid.spans;
-    part = ceil_divide(tile / lanes, ceil_divide(tile / lanes, most)) * lanes;
-  }
-};
 
 // Whether tiles are ranges of the image itself: one tap that reads each pixel where it lies. Measured on the pointwise
 // layers of ResNet-50, packing them gains nothing at 90% sparsity and costs up to 3x at 98%.
 bool in_place(const Grid& grid, const Strides& s) {
   return grid.planes() == 1 && grid.reach == 0 && grid.length == s.channel && s.column == 1 &&
-         grid.columns.stride == 1 && grid.rows.stride == 1;
+         grid.columns.stride == 1 && grid.rows.stride == 1 && grid.columns.padding == 0 && grid.rows.padding == 0;
 }
 
 class Product {
@@ -59,25 +54,12 @@ class Product {
   // Channels [begin, end) of every plane.
   void pack(int64_t tile, int64_t begin, int64_t end, float* packed) const {
     thread_local std::vector<SparseRun> runs;
-    thread_local std::vector<const float*> pixels;
     const Strides& s = input_.strides;
     const int64_t from = tile % tiling_.per_span * tiling_.tile, width = tiling_.width;
     for (int64_t plane = 0; plane < grid_.planes(); ++plane) {
       grid_.inputs(runs, tile / tiling_.per_span, from, tiling_.tile + grid_.reach, plane, s);
-      float* const to = packed + (plane * channels_ + begin) * width;
-      const float* const image = input_.data + begin * s.channel;
-      if (!channels_last(s)) {
-        kernels().sparse_pack(image, s.channel, s.column * grid_.columns.stride, runs.data(), int64_t(runs.size()),
-                              end - begin, to, width);
-        continue;
-      }
-      pixels.assign(width, nullptr);
-      for (const SparseRun& run : runs) {
-        for (int64_t i = 0; i < run.count; ++i) {
-          pixels[run.packed + i] = image + run.image + i * s.column * grid_.columns.stride;
-        }
-      }
-      kernels().sparse_pack_last(pixels.data(), width, end - begin, to, width);
+      pack_runs({input_.data + begin * s.channel, s}, grid_.columns.stride, runs, end - begin,
+                packed + (plane * channels_ + begin) * width, width);
     }
   }
 
@@ -141,17 +123,6 @@ class Product {
   const Image<float>& output_;
 };
 
-// The first block row of part i of n: parts have about equal work, a row counting as two blocks more than it has.
-int64_t part_begin(const int32_t* pointers, int64_t rows, int64_t i, int64_t n) {
-  const int64_t wanted = (pointers[rows] + 2 * rows) * i / n;
-  int64_t low = 0, high = rows;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    (pointers[middle] + 2 * middle < wanted ? low = middle + 1 : high = middle);
-  }
-  return low;
-}
-
 // Tiles that need no packing.
 void run_places(const Product& product, int64_t tiles, const SparseRows& s, int64_t rows, int64_t threads) {
   const int64_t parts = threads > 1 ? ceil_divide(4 * threads, tiles) : 1;
@@ -201,31 +172,71 @@ void run_parts(const Product& product, int64_t tiles, int64_t channels, const Sp
 
 }  // namespace
 
+Tiling::Tiling(const Grid& grid, int64_t channels, int64_t lanes, int64_t most) {
+  const int64_t vectors = ceil_divide(grid.length, lanes);
+  const int64_t room = kTileFloats / (channels * grid.planes()) - grid.reach;
+  // Without a reach nothing is packed twice, and the smallest tile is the best one.
+  const int64_t fitting = grid.reach ? std::max(most, room / lanes) : most;
+  per_span = ceil_divide(vectors, fitting);
+  tile = ceil_divide(vectors, per_span) * lanes;
+  per_span = ceil_divide(grid.length, tile);
+  width = ceil_divide(tile + grid.reach, lanes) * lanes;
+  // An odd number of cache lines spreads the rows of a tile over all sets.
+  if (tile > most * lanes && width / 16 % 2 == 0) width += std::max<int64_t>(lanes, 16);
+  count = per_span * grid.spans;
+  part = ceil_divide(tile / lanes, ceil_divide(tile / lanes, most)) * lanes;
+}
+
+void pack_runs(const Image<const float>& input, int64_t step, const std::vector<SparseRun>& runs, int64_t channels,
+               float* packed, int64_t width) {
+  thread_local std::vector<const float*> pixels;
+  const Strides& s = input.strides;
+  if (!channels_last(s)) {
+    kernels().sparse_pack(input.data, s.channel, s.column * step, runs.data(), int64_t(runs.size()), channels, packed,
+                          width);
+    return;
+  }
+  pixels.assign(width, nullptr);
+  for (const SparseRun& run : runs) {
+    for (int64_t i = 0; i < run.count; ++i) pixels[run.packed + i] = input.data + run.image + i * s.column * step;
+  }
+  kernels().sparse_pack_last(pixels.data(), width, channels, packed, width);
+}
+
+Plan::Plan(const Grid& grid, int64_t channels, int32_t tall, const Strides& input)
+    : tiling(grid, channels, limits().lanes, tall == 4 ? limits().tall : limits().flat),
+      place(in_place(grid, input)),
+      width(place ? input.channel : tiling.width) {
+  STD_TORCH_CHECK(channels * grid.planes() * width < INT32_MAX, "sparsekern: ", channels,
+                  " channels do not fit one tile of 32-bit offsets");
+}
+
+void multiply(const Grid& grid, const Plan& plan, const Image<const float>& input, int64_t channels, SparseRows s,
+              int64_t rows, const Image<float>& output) {
+  s.channel = plan.width;
+  s.padded = !plan.place;
+  const Product product(grid, plan.tiling, input, s, channels, output);
+  const int64_t threads = torch::stable::get_num_threads(), tiles = plan.tiling.count;
+  if (plan.place) {
+    run_places(product, tiles, s, rows, threads);
+  } else if (threads > 1 && tiles < 4 * threads) {
+    run_parts(product, tiles, channels, s, rows, threads);
+  } else {
+    run_tiles(product, tiles, channels, rows);
+  }
+}
+
 bool sparse_product(const Grid& grid, const Image<const float>& input, const SparseWeight& weight, const float* bias,
                     const Image<float>& output) {
   thread_local Buffer<int32_t> offsets;
   thread_local Buffer<float> values;
-  SparseLimits limits;
-  kernels().sparse_limits(&limits);
-  const int64_t channels = weight.channels * weight.groups, rows = weight.block_rows();
-  const Tiling tiling(grid, channels, limits.lanes, weight.tall == 4 ? limits.tall : limits.flat);
-  const bool place = in_place(grid, input.strides);
-  const int64_t width = place ? input.strides.channel : tiling.width;
-  STD_TORCH_CHECK(channels * grid.planes() * width < INT32_MAX, "sparsekern: ", channels,
-                  " channels do not fit one tile of 32-bit offsets");
+  const int64_t channels = weight.channels * weight.groups;
+  const Plan plan(grid, channels, weight.tall, input.strides);
   int32_t* const at = offsets.get(weight.blocks);
   float* const held = values.get(weight.blocks * weight.tall * weight.wide);
-  if (!gather(weight, column_table(grid, weight, width), width, at, held)) return false;
-  const SparseRows s{weight.pointers, at, held, bias, width, weight.tall, weight.wide, !place};
-  const Product product(grid, tiling, input, s, channels, output);
-  const int64_t threads = torch::stable::get_num_threads();
-  if (place) {
-    run_places(product, tiling.count, s, rows, threads);
-  } else if (threads > 1 && tiling.count < 4 * threads) {
-    run_parts(product, tiling.count, channels, s, rows, threads);
-  } else {
-    run_tiles(product, tiling.count, channels, rows);
-  }
+  if (!gather(weight, column_table(grid, weight, plan.width), plan.width, at, held)) return false;
+  multiply(grid, plan, input, channels, {weight.pointers, at, held, bias, 0, weight.tall, weight.wide, true},
+           weight.block_rows(), output);
   return true;
 }
 

@@ -46,6 +46,17 @@ inline bool rows_ascend(const SparseWeight& w) {
   return good;
 }
 
+inline bool indices_ascend(const SparseWeight& w, int64_t columns) {
+  bool good = rows_ascend(w);
+  for (int64_t row = 0; good && row < w.block_rows(); ++row) {
+    int64_t before = -1;
+    for (int64_t k = w.pointers[row]; k < w.pointers[row + 1]; before = w.indices[k++]) {
+      good = good && w.indices[k] > before && w.indices[k] < columns;
+    }
+  }
+  return good;
+}
+
 // Fills offsets and values of block rows [begin, end); false at the first index that is not allowed.
 template <int kBlock>
 bool gather_rows(const SparseWeight& w, const ColumnTable& table, int64_t width, int64_t begin, int64_t end,

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -159,29 +159,41 @@ def _cpu(native: Callable[..., bool]) -> Callable[..., Tensor]:
     """The CPU operator: compiled for float32, the reference for the rest and where nothing is compiled."""
 
     def sparse_conv2d_cpu(
-        input: Tensor,
-        weight: Tensor,
-        structure: Sequence[Tensor],
-        layout: str,
-        bias: Tensor | None,
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-        groups: int,
+        input: Tensor, weight: Tensor, structure: Sequence[Tensor], layout: str, bias: Tensor | None, *geometry: Any
     ) -> Tensor:
         if not compiled_form(input, weight, bias):
-            return reference(input, weight, structure, layout, bias, stride, padding, dilation, groups)
-        check_form(structure, layout, weight.shape, groups)
-        result = fake(input, weight, structure, layout, bias, stride, padding, dilation, groups)
+            return reference(input, weight, structure, layout, bias, *geometry)
+        check_form(structure, layout, weight.shape, geometry[-1])
+        result = fake(input, weight, structure, layout, bias, *geometry)
         added = None if bias is None else bias.contiguous()
-        good = native(
-            result, _dense(input), weight, structure, layout, added, stride, padding, dilation, groups
-        )  # fmt: skip
-        if not good:
-            check_tensors(structure, layout, weight.shape, groups)
+        if not native(result, _dense(input), weight, structure, layout, added, *geometry):
+            check_tensors(structure, layout, weight.shape, geometry[-1])
         return result
 
     return sparse_conv2d_cpu
+
+
+def _backward_cpu(native: Callable[..., bool]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """The CPU gradients: compiled for float32, the reference for the rest and where nothing is compiled."""
+
+    def sparse_conv2d_backward_cpu(
+        grad: Tensor, input: Tensor, weight: Tensor, structure: Sequence[Tensor], layout: str, *rest: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if not compiled_form(grad, input, weight):
+            return backward_reference(grad, input, weight, structure, layout, *rest)
+        *geometry, needs = rest
+        check_form(structure, layout, weight.shape, geometry[-1])
+        results = backward_fake(grad, input, weight, structure, layout, *rest)
+        results[1].zero_()
+        if max(geometry[0]) > 1:
+            results[0].zero_()  # the stride may leave pixels that no tap reaches
+        if needs[2]:
+            results[2].copy_(grad.sum((0, 2, 3)))
+        if not native(results[0], results[1], _dense(grad), _dense(input), weight, structure, layout, *geometry):
+            check_tensors(structure, layout, weight.shape, geometry[-1])
+        return results
+
+    return sparse_conv2d_backward_cpu
 
 
 _op = _library.define(SCHEMA, reference, fake)
@@ -191,6 +203,12 @@ _library.define_cpu(
     "_sparse_conv2d_cpu(Tensor(a!) result, Tensor input, Tensor weight, Tensor[] structure, str layout, Tensor? bias,"
     " int[] stride, int[] padding, int[] dilation, int groups) -> bool",
     _cpu,
+)
+_library.define_cpu(
+    "sparse_conv2d_backward",
+    "_sparse_conv2d_backward_cpu(Tensor(a!) grad_input, Tensor(b!) grad_weight, Tensor grad, Tensor input,"
+    " Tensor weight, Tensor[] structure, str layout, int[] stride, int[] padding, int[] dilation, int groups) -> bool",
+    _backward_cpu,
 )
 
 

@@ -94,6 +94,28 @@ def _cpu(native: Callable[..., bool]) -> Callable[..., Tensor]:
     return sparse_linear_cpu
 
 
+def _backward_cpu(native: Callable[..., bool]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """The CPU gradients: compiled for float32, the reference for the rest and where nothing is compiled."""
+
+    def sparse_linear_backward_cpu(
+        grad: Tensor, input: Tensor, weight: Tensor, structure: Sequence[Tensor], layout: str, needs: Sequence[bool]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if not compiled_form(grad, input, weight):
+            return backward_reference(grad, input, weight, structure, layout, needs)
+        check_form(structure, layout, weight.shape)
+        results = backward_fake(grad, input, weight, structure, layout, needs)
+        flat, rows = grad.reshape(-1, weight.shape[0]), input.reshape(-1, weight.shape[1])
+        results[1].zero_()
+        if needs[2]:
+            results[2].copy_(flat.sum(0))
+        into = results[0].reshape(-1, weight.shape[1])
+        if not native(into, results[1], flat, rows, weight, structure, layout):
+            check_tensors(structure, layout, weight.shape)
+        return results
+
+    return sparse_linear_backward_cpu
+
+
 _op = _library.define(SCHEMA, reference, fake)
 _backward_op = _library.define(BACKWARD_SCHEMA, backward_reference, backward_fake)
 _library.define_cpu(
@@ -101,6 +123,12 @@ _library.define_cpu(
     "_sparse_linear_cpu(Tensor(a!) result, Tensor input, Tensor weight, Tensor[] structure, str layout, Tensor? bias)"
     " -> bool",
     _cpu,
+)
+_library.define_cpu(
+    "sparse_linear_backward",
+    "_sparse_linear_backward_cpu(Tensor(a!) grad_input, Tensor(b!) grad_weight, Tensor grad, Tensor input,"
+    " Tensor weight, Tensor[] structure, str layout) -> bool",
+    _backward_cpu,
 )
 
 
