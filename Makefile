@@ -1,27 +1,29 @@
-# Everything happens in .venv; each target prepares what it needs.
+# Everything happens in .venv; each target prepares what it needs, and does nothing twice.
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
+	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' Makefile
 
 .venv/installed: requirements-dev.txt
-	@$(PYTHON) -m venv .venv || { echo "venv is missing: apt-get install python3-venv python3-dev"; exit 1; }
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -r requirements-dev.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: apt-get install python3 python3-venv"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "$$($(PYTHON) --version) is too old: make PYTHON=python3.10 or newer"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "venv is missing: apt-get install python3-venv"; exit 1; }
+	@echo "setting up .venv: downloads torch, takes minutes"
+	@$(BIN)/pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
 .venv/built: .venv/installed $(SOURCES)
-	$(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
+	@echo "building sparsekern"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@$(BIN)/python -m sparsekern doctor | sed -n '/^build/,/^machine/p' | sed '$$d'
 	@touch $@
 
 build: .venv/built  ## set up .venv and compile the kernels
-
-lint: .venv/installed  ## ruff and clang-format
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h')
 
 test: build lint  ## lint and the whole test suite
 	$(BIN)/python -m pytest -q
@@ -29,13 +31,20 @@ test: build lint  ## lint and the whole test suite
 demo: build  ## AC/DC training to 95% sparsity on scikit-learn's digits
 	$(BIN)/python -m sparsekern.train digits --name demo --overwrite
 
-bench: build  ## quick benchmarks
+bench: build  ## quick benchmarks, each within a minute on a quiet machine
 	$(BIN)/python -m benchmarks.bench_masked_sgd --quick
+	$(BIN)/python -m benchmarks.bench_topk_mask --quick
+	$(BIN)/python -m benchmarks.bench_sparse_conv2d --quick
 
-wheel: .venv/installed  ## a wheel in dist/
-	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps -w dist .
+lint: .venv/installed  ## ruff and clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
-clean:  ## remove build products, keep .venv
-	rm -rf build dist *.egg-info sparsekern/*.so .venv/built
+wheel: .venv/installed  ## a wheel for this Python and platform in dist/
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps -w dist .
 
-.PHONY: help build lint test demo bench wheel clean
+clean:  ## remove build products, keep .venv and runs
+	rm -rf build dist *.egg-info sparsekern/*.so sparsekern/_build_info.json .venv/built
+
+.PHONY: help build test demo bench lint wheel clean

@@ -1,51 +1,108 @@
-"""Builds the operator library: host code on libtorch's stable ABI, one object per instruction set without torch.
+"""Builds the compiled pieces, both optional: `_ops`, the operators, and `_C`, build information for the doctor.
 
-With no compiler the package installs without it and runs on the plain PyTorch references; that is said aloud.
+`_ops` is host code on libtorch's stable ABI and one object per instruction set without torch; it has no Python symbol.
+What is built and why is printed once and recorded in sparsekern/_build_info.json, which `sparsekern doctor` shows.
 """
 
+import json
 import os
 import platform
 import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
-from setuptools import setup
+from setuptools import Distribution, Extension, setup
+
+sys.path.insert(0, str(Path(__file__).parent / "csrc"))
+import toolchain  # noqa: E402
 
 FLAGS = ["-O3", "-std=c++20", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]
 ISA_FLAGS = {"scalar": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISA_FLAGS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
+    # gcc's own AVX-512 header sets it off; clang does not know that warning.
+    ISA_FLAGS["avx512"] += ["-Wno-unknown-warning-option", "-Wno-maybe-uninitialized"]
 
 
-def say(message):
-    print(f"sparsekern build: {message}", file=sys.stderr)
+def extensions(cpp, decisions):
+    """What can be built here; `decisions` learns what and why."""
+    decisions["CUDA"] = toolchain.cuda_decision()
+    command, about = toolchain.find_compiler()
+    decisions["kernels"] = f"{', '.join(ISA_FLAGS)}; {about}" if command else f"none, slow PyTorch references: {about}"
+    obstacle = toolchain.module_obstacle() if command else about
+    decisions["_C"] = f"none, the doctor shows less: {obstacle}" if obstacle else "built"
+    if not command:
+        return []
+    # The scripts folder: ninja of an environment that is not activated.
+    path = sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"]
+    os.environ.update(CXX=command, MAX_JOBS=str(toolchain.jobs()), PATH=path)
+    if not cpp.is_ninja_available():
+        raise SystemExit("sparsekern build: ninja is missing; pip install ninja")
+    sources = sorted(map(str, Path("csrc/cpu").glob("*.cpp")))
+    flags = [*FLAGS, "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    found = [cpp.CppExtension("sparsekern._ops", sources, py_limited_api=True, extra_compile_args=flags)]
+    if not obstacle:
+        import pybind11
+
+        flags = [*FLAGS, f'-DSPARSEKERN_ISAS="{" ".join(ISA_FLAGS)}"']
+        include = [pybind11.get_include()]
+        found.append(Extension("sparsekern._C", ["csrc/module.cpp"], include_dirs=include, extra_compile_args=flags))
+    return found
 
 
-def extension():
-    """Keyword arguments for setup(), empty when nothing can be compiled."""
-    cuda = os.environ.get("SPARSEKERN_CUDA", "auto")
-    if cuda not in ("auto", "require", "off"):
-        raise SystemExit(f"SPARSEKERN_CUDA: got {cuda!r}, allowed are auto, require, off")
-    if cuda == "require":
-        raise SystemExit("SPARSEKERN_CUDA=require: this version of sparsekern has no CUDA kernels to build")
-    say("CPU kernels only; this version has no CUDA kernels to build")
-    import shutil
+def build_command(cpp, info):
+    """torch's build_ext, which also compiles the instruction sets, all by ninja, and records `info`."""
 
-    import torch.utils.cpp_extension as cpp
+    class Build(cpp.BuildExtension):
+        def finalize_options(self):
+            super().finalize_options()
+            if self.inplace:  # pip's temporary folder would compile everything again each time
+                self.build_temp = f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"
 
-    if not shutil.which(os.environ.get("CXX", "c++")):
-        say("no C++ compiler found: installing without kernels (slow references); install g++ and reinstall")
-        return {}
-    libraries = [
-        (f"sparsekern_{isa}", {"sources": [f"csrc/cpu/simd/build_{isa}.cpp"], "cflags": FLAGS + flags})
-        for isa, flags in ISA_FLAGS.items()
-    ]
-    library = cpp.CppExtension(
-        "sparsekern._ops",
-        ["csrc/cpu/dispatch.cpp", "csrc/cpu/masked_sgd.cpp", "csrc/cpu/topk_mask.cpp"],
-        extra_compile_args=FLAGS + ["-DTORCH_TARGET_VERSION=0x020a000000000000"],
-        libraries=[name for name, _ in libraries],
-    )
-    return {"ext_modules": [library], "libraries": libraries, "cmdclass": {"build_ext": cpp.BuildExtension}}
+        def run(self):
+            for piece, decision in info["decisions"].items():
+                print(f"sparsekern build: {piece}: {decision}", file=sys.stderr)
+            for stale in Path(self.build_lib).glob("sparsekern/*.so"):  # of an earlier build, would go into the wheel
+                stale.unlink()
+            super().run()
+            folder = Path("." if self.inplace else self.build_lib) / "sparsekern"
+            (folder / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n")
+
+        def build_extension(self, ext):
+            if ext.name == "sparsekern._ops":
+                with ThreadPoolExecutor(int(os.environ["MAX_JOBS"])) as pool:
+                    ext.extra_objects += sum(pool.map(self.compile_isa, ISA_FLAGS), [])
+            super().build_extension(ext)
+
+        def compile_isa(self, isa):
+            sources, folder = [f"csrc/cpu/simd/build_{isa}.cpp"], f"{self.build_temp}/{isa}"
+            return self.compiler.compile(sources, folder, extra_postargs=FLAGS + ISA_FLAGS[isa])
+
+    return Build
 
 
-setup(**extension())
+class Platform(Distribution):
+    def has_ext_modules(self):
+        """True with nothing compiled too: build_ext records that, and such a wheel must not pass for a pure one."""
+        return True
+
+
+def build_arguments():
+    try:
+        import torch
+        from torch.utils import cpp_extension as cpp
+    except ImportError as error:
+        raise SystemExit(f"sparsekern build: {error}; pip install 'torch>=2.10' or drop --no-build-isolation") from None
+    if torch.__version__ < (2, 10):
+        raise SystemExit(f"sparsekern build: torch {torch.__version__} found, 2.10 or newer is needed")
+    info = {"decisions": {}, "torch": str(torch.__version__), "torch_cuda": torch.version.cuda,
+            "python": platform.python_version(), "sources": toolchain.sources_digest()}  # fmt: skip
+    found = extensions(cpp, info["decisions"])
+    return {"ext_modules": found, "cmdclass": {"build_ext": build_command(cpp, info)}, "distclass": Platform}
+
+
+if __name__ == "__main__":
+    # The commands that only ask for metadata need neither torch nor a compiler.
+    setup(**({} if {"egg_info", "dist_info", "sdist"} & set(sys.argv) else build_arguments()))

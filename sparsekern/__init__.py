@@ -1,10 +1,11 @@
 """Sparse training kernels for PyTorch. See README.md."""
 
-from sparsekern import _library, ops
+from sparsekern import _library, nn, ops
 from sparsekern.distributions import global_budget, keep_count, uniform
 from sparsekern.masks import MaskSet
 from sparsekern.methods import ACDC
 from sparsekern.optim import MaskedSGD
+from sparsekern.report import sparsity_report
 from sparsekern.schedules import Dense, Sparse, acdc_schedule, constant_lr, cosine_lr, linear_lr
 
 degradation = _library.load_kernels()
@@ -13,5 +14,5 @@ degradation = _library.load_kernels()
 __version__ = "0.1.0.dev0"
 __all__ = [
     "ACDC", "Dense", "MaskSet", "MaskedSGD", "Sparse", "__version__", "acdc_schedule", "constant_lr", "cosine_lr",
-    "degradation", "global_budget", "keep_count", "linear_lr", "ops", "uniform",
+    "degradation", "global_budget", "keep_count", "linear_lr", "nn", "ops", "sparsity_report", "uniform",
 ]  # fmt: skip

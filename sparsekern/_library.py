@@ -1,5 +1,7 @@
 """Registers operators with the dispatcher and loads the compiled kernels where they were built."""
 
+import json
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +12,8 @@ import torch
 _definitions = torch.library.Library("sparsekern", "DEF")
 OPS: dict[str, Callable[..., Any]] = {}
 """Name of each operator -> its plain PyTorch reference."""
+NATIVE: dict[str, str] = {}
+"""Name of each operator whose compiled kernel has a schema of its own -> name of that."""
 kernels_loaded = False
 
 
@@ -28,23 +32,63 @@ def define_cpu(name: str, schema: str, build: Callable[[Any], Callable[..., Any]
     native = schema[: schema.index("(")]
     _definitions.define(schema)
     _definitions.impl(name, build(getattr(torch.ops.sparsekern, native).default), "CPU")
+    NATIVE[name] = native
+
+
+def has_kernel(name: str, key: str) -> bool:
+    """Whether operator `name` has a compiled kernel for dispatch key `key` ("CPU", "CUDA")."""
+    if key == "CPU":
+        name = NATIVE.get(name, name)
+    there = torch._C._dispatch_has_kernel_for_dispatch_key(f"sparsekern::{name}", key)
+    return there and (key != "CPU" or kernels_loaded)
+
+
+def build_info() -> dict[str, Any]:
+    """What was decided when the package was built, and why; empty when nothing was."""
+    path = Path(__file__).with_name("_build_info.json")
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def backend_setting() -> str:
+    """SPARSEKERN_BACKEND: "auto", the default, or "reference", which leaves the compiled kernels alone."""
+    setting = os.environ.get("SPARSEKERN_BACKEND", "auto")
+    if setting not in ("auto", "reference"):
+        raise ValueError(f"SPARSEKERN_BACKEND: got {setting!r}, allowed are auto, reference")
+    return setting
 
 
 def load_kernels() -> str:
-    """Load the operator library; returns '' or the reason why the references are used, which is also warned of once."""
+    """Load the operator library; returns '' or why the references are used, which is also warned of, once.
+
+    A failure to load never stops the import. An unknown SPARSEKERN_BACKEND or SPARSEKERN_CPU_ISA does.
+    """
     # The two operators that have no tensor argument, hence no reference.
     _definitions.define("cpu_isa() -> str")
     _definitions.define("set_cpu_isa(str cap) -> ()")
-    found = sorted(Path(__file__).parent.glob("_ops*.so"))
-    reason = "sparsekern was installed without its compiled kernels; install a C++ compiler and reinstall"
-    if found:
-        try:
-            torch.ops.load_library(str(found[0]))
-            torch.ops.sparsekern.cpu_isa()  # an unknown SPARSEKERN_CPU_ISA must fail here, not in the first step
-            global kernels_loaded
-            kernels_loaded = True
-            return ""
-        except OSError as error:
-            reason = f"{found[0].name} does not load ({error}); reinstall sparsekern against this torch"
-    warnings.warn(f"{reason}. The slow PyTorch references are used.", RuntimeWarning, stacklevel=2)
+    if backend_setting() == "reference":
+        return "SPARSEKERN_BACKEND=reference is set; unset it to use the compiled kernels"
+    reason = _load()
+    if reason:
+        warnings.warn(f"{reason}. The slow PyTorch references are used.", RuntimeWarning, stacklevel=3)
     return reason
+
+
+def _load() -> str:
+    found = sorted(Path(__file__).parent.glob("_ops*.so"))
+    if not found:
+        why = build_info().get("decisions", {}).get("kernels", "install a C++ compiler and reinstall")
+        return f"sparsekern was installed without its compiled kernels ({why})"
+    try:
+        torch.ops.load_library(str(found[0]))
+    except OSError as error:
+        built = build_info().get("torch", "of an unknown version")
+        return (
+            f"{found[0].name} does not load ({error.__cause__ or error}). It was built with torch {built}, this is "
+            f"torch {torch.__version__}: reinstall with pip install --no-build-isolation --force-reinstall --no-deps"
+        )
+    torch.ops.sparsekern.cpu_isa()  # an unknown SPARSEKERN_CPU_ISA must fail here, not in the first step
+    global kernels_loaded
+    kernels_loaded = True
+    missing = [name for name in NATIVE if not has_kernel(name, "CPU")]
+    kernels_loaded = not missing
+    return f"{found[0].name} is older than the Python code, it lacks {', '.join(missing)}; reinstall" if missing else ""

@@ -25,7 +25,8 @@ class MaskSet:
 
     Bits follow the storage of the parameter and are repacked when its memory format or device changed; what is saved
     and hashed is in row-major order. Parameters are matched by identity, names without wrapper prefixes. Any leaf
-    tensor is accepted. Raises TypeError for what is no tensor, ValueError for two names that become one.
+    tensor is accepted. Raises TypeError for what is no tensor, ValueError for two names that become one or two names
+    of one tensor.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]):
@@ -36,9 +37,15 @@ class MaskSet:
             short = normalise(name)
             if short in self._parameters:
                 raise ValueError(f"parameters: {name!r} and an earlier name both become {short!r}")
+            if any(parameter is known for known in self._parameters.values()):
+                raise ValueError(f"parameters: {name!r} is a tensor that an earlier name holds already")
             self._parameters[short] = parameter
         self._names = {parameter: name for name, parameter in self._parameters.items()}
+        # Strides and bits: the strides are those of the parameter when its mask was packed.
         self._packed: dict[str, tuple[tuple[int, ...], Tensor]] = {}
+        self._versions = dict.fromkeys(self._parameters, 0)
+        self.generation = 0
+        """Grows whenever any mask is replaced."""
         for name, parameter in self._parameters.items():
             self.set(name, torch.ones_like(parameter, dtype=torch.bool))
 
@@ -66,25 +73,56 @@ class MaskSet:
     def set(self, name: str, mask: Tensor) -> None:
         """Replace one mask by a bool tensor of the parameter's shape; True keeps the weight."""
         parameter = self.parameter(name)
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"mask must be a bool tensor for {name!r}, got {type(mask).__name__}")
         if mask.dtype != torch.bool or mask.shape != parameter.shape:
             raise ValueError(
                 f"mask must be bool of shape {tuple(parameter.shape)} for {name!r}, "
                 f"got {mask.dtype} of shape {tuple(mask.shape)}"
             )
-        ordered = torch.empty_like(parameter, dtype=torch.bool).copy_(mask)
-        self._packed[normalise(name)] = (ordered.stride(), pack_mask(ordered))
+        self._store(name, pack_mask(torch.empty_like(parameter, dtype=torch.bool).copy_(mask)))
+        self._count(name)
 
     def set_packed(self, name: str, packed: Tensor) -> None:
-        """Replace one mask by packed bits in the parameter's present storage order, as `topk_mask` returns them."""
-        self.set(name, unpack_mask(packed, self.parameter(name)))
+        """Replace one mask by packed bits in the parameter's present storage order, as `topk_mask` returns them.
+
+        The tensor is kept, not copied: do not write to it afterwards.
+        """
+        parameter = self.parameter(name)
+        size = (parameter.numel() + 7) // 8
+        if packed.dtype != torch.uint8 or packed.shape != (size,) or packed.device != parameter.device:
+            raise ValueError(
+                f"packed must be uint8 of shape ({size},) on {parameter.device} for {name!r}, "
+                f"got {packed.dtype} of shape {tuple(packed.shape)} on {packed.device}"
+            )
+        self._store(name, packed.contiguous())
+        self._count(name)
+
+    def _count(self, name: str) -> None:
+        self._versions[normalise(name)] += 1
+        self.generation += 1
+
+    def _store(self, name: str, packed: Tensor) -> None:
+        self._packed[normalise(name)] = (self.parameter(name).stride(), packed)
+
+    def version(self, name: str) -> int:
+        """A number that grows whenever that mask is replaced, and stays when it is only repacked."""
+        self.parameter(name)  # the error for an unknown name
+        return self._versions[normalise(name)]
+
+    def name_of(self, parameter: Tensor) -> str | None:
+        """The name of a parameter, found by identity; None for one outside the set."""
+        return self._names.get(parameter)
 
     def packed(self, name: str) -> Tensor:
         """Bits in the present storage order of the parameter, on its device."""
-        parameter, short = self.parameter(name), normalise(name)
+        short = normalise(name)
+        parameter = self.parameter(short)
         strides, bits = self._packed[short]
-        if strides != torch.empty_like(parameter, device="meta").stride() or bits.device != parameter.device:
+        if strides != parameter.stride() or bits.device != parameter.device:
             stored = torch.empty_strided(parameter.shape, strides, dtype=torch.bool, device=bits.device)
-            self.set(short, unpack_mask(bits, stored).to(parameter.device))
+            mask = unpack_mask(bits, stored).to(parameter.device)
+            self._store(short, pack_mask(torch.empty_like(parameter, dtype=torch.bool).copy_(mask)))
         return self._packed[short][1]
 
     def packed_for(self, parameter: Tensor) -> Tensor | None:
@@ -127,14 +165,22 @@ class MaskSet:
         """Restore `state_dict`; ValueError, before anything changes, if names or shapes differ."""
         if set(state) != set(self):
             raise ValueError(f"state must hold the parameters of this set; they differ in {set(state) ^ set(self)}")
-        loaded = {}
-        for name, entry in state.items():
-            shape = tuple(self._parameters[name].shape)
-            if tuple(entry["shape"]) != shape:
-                raise ValueError(f"state[{name!r}] must be of shape {shape}, got {tuple(entry['shape'])}")
-            loaded[name] = unpack_mask(entry["bits"], torch.empty(shape, dtype=torch.bool))
+        loaded = {name: self._loaded(name, entry) for name, entry in state.items()}
         for name, mask in loaded.items():
             self.set(name, mask)
+
+    def _loaded(self, name: str, entry: Any) -> Tensor:
+        """One entry of a state dict as a bool tensor, or the error that says what is wrong with it."""
+        shape = tuple(self._parameters[name].shape)
+        if not isinstance(entry, Mapping) or set(entry) != {"shape", "bits"}:
+            raise ValueError(f"state[{name!r}] must hold 'shape' and 'bits', got {entry!r:.80}")
+        if tuple(entry["shape"]) != shape:
+            raise ValueError(f"state[{name!r}] must be of shape {shape}, got {tuple(entry['shape'])}")
+        bits, like = entry["bits"], torch.empty(shape, dtype=torch.bool)
+        size = (like.numel() + 7) // 8
+        if not isinstance(bits, Tensor) or bits.dtype != torch.uint8 or bits.shape != (size,):
+            raise ValueError(f"state[{name!r}]['bits'] must be a uint8 tensor of shape ({size},), got {bits!r:.80}")
+        return unpack_mask(bits.cpu(), like)
 
     def hash(self) -> str:
         """SHA-256 of names, shapes and masks; equal on all ranks when their masks are."""

@@ -139,6 +139,183 @@ def test_change_due_on_a_skipped_step_waits(kind):
         assert isinstance(sparsifier.phase, sk.Sparse) == (i == 3)
 
 
+@pytest.mark.parametrize("kind", ["masked", "sgd"])
+@pytest.mark.parametrize("pause", [None, "before step", "after step"])
+def test_resume_with_a_change_waiting(kind, pause):
+    """Steps 2 and 3 overflow, so the change due after step 2 waits; the run is cut in the middle of the wait."""
+
+    def run(pause):
+        parts, scaler = setup(kind), torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=100)
+        phases = []
+        for i in range(8):
+            model, optimizer, sparsifier = parts
+            x, y = batch(i)
+            optimizer.zero_grad()
+            bad = i in (2, 3)
+            scaler.scale(nn.functional.cross_entropy(model(x), y) * (float("inf") if bad else 1.0)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            if i == 3 and pause == "before step":
+                parts = resumed(parts, kind)
+            parts[2].step()
+            if i == 3 and pause == "after step":
+                parts = resumed(parts, kind)
+            phases.append(str(parts[2].phase))
+        return parts, phases
+
+    got, want = run(pause), run(None)
+    assert got[1] == want[1] == ["dense"] * 4 + ["sparse 90%"] + ["dense"] * 3
+    torch.testing.assert_close(got[0][0].state_dict(), want[0][0].state_dict(), rtol=0, atol=0)
+
+
+def resumed(parts, kind):
+    saved = copy.deepcopy([part.state_dict() for part in parts])
+    again = setup(kind)
+    for part, state in zip(again, saved, strict=True):
+        part.load_state_dict(state)
+    return again
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("cleared", [False, True])
+def test_step_twice_or_never_raises(kind, cleared):
+    model, optimizer, sparsifier = setup(kind)
+    with pytest.raises(RuntimeError, match="must be called once after each optimizer.step"):
+        sparsifier.step()
+    iterate(model, optimizer, sparsifier, 0, 2)
+    if cleared:
+        optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="must be called once after each optimizer.step"):
+        sparsifier.step()
+    x, y = batch(0)
+    nn.functional.cross_entropy(model(x), y).backward()
+    if not cleared:  # a batch of a gradient accumulation is no step
+        with pytest.raises(RuntimeError, match="with gradient accumulation"):
+            sparsifier.step()
+    optimizer.step()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="was not called after the last"):
+        optimizer.step()
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    sparsifier.step()
+    assert sparsifier.position == 3
+
+
+def test_unattached_or_finalized_sparsifier_says_so():
+    sparsifier = sk.ACDC(0.9, SCHEDULE)
+    for method in (sparsifier.step, sparsifier.finalize, sparsifier.state_dict, lambda: sparsifier.load_state_dict({})):
+        with pytest.raises(RuntimeError, match=r"is not attached: call attach"):
+            method()
+    model, optimizer, sparsifier = setup()
+    sparsifier.finalize()
+    with pytest.raises(RuntimeError, match="is not attached"):
+        sparsifier.step()
+    optimizer.step()
+    optimizer.step()  # nothing of the sparsifier is left in the optimizer
+    assert not len(optimizer.masks)
+
+
+def test_second_attach_is_refused_through_wrappers_and_parts():
+    model, optimizer, sparsifier = setup()
+    for other in (nn.Sequential(model), torch.compile(model, backend="eager"), model[3]):
+        with pytest.raises(ValueError, match="attached to it already"):
+            sk.ACDC(0.9, SCHEDULE).attach(other, optimizer, verbose=False)
+    fresh = network()
+    masks = {fresh[0].weight: torch.ones_like(fresh[0].weight, dtype=torch.bool)}
+    taken = sk.MaskedSGD(fresh.parameters(), lr=0.1, masks=masks)
+    with pytest.raises(ValueError, match="optimizer: has masks already"):
+        sk.ACDC(0.9, SCHEDULE).attach(fresh, taken, verbose=False)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_frozen_shared_and_late_parameters(kind):
+    model = network()
+    model.append(nn.Linear(6, 6)).append(nn.Linear(6, 6))
+    model[7].weight = model[6].weight
+    model[0].weight.requires_grad_(False)
+    frozen = model[0].weight.clone()
+    optimizer = OPTIMIZERS[kind](model[:5].parameters())
+    sparsifier = sk.ACDC(0.9, SCHEDULE).attach(model, optimizer, verbose=False)
+    assert list(sparsifier.masks) == ["3.weight", "5.weight", "6.weight"]
+    iterate(model, optimizer, sparsifier, 0, 1)
+    optimizer.add_param_group({"params": list(model[5:].parameters())})
+    extra = nn.Linear(4, 4)
+    optimizer.add_param_group({"params": list(extra.parameters())})
+    iterate(model, optimizer, sparsifier, 1, 5)
+    assert torch.equal(model[0].weight, frozen) and extra.weight.all()
+    for name in sparsifier.masks:
+        pruned = ~sparsifier.masks.bool(name)
+        parameter = sparsifier.masks.parameter(name)
+        assert not parameter[pruned].any() and not any(m[pruned].any() for m in momenta(optimizer, parameter))
+    assert zeros(sparsifier) == sum(int((~sparsifier.masks.bool(n)).sum()) for n in sparsifier.masks)
+
+
+@pytest.mark.parametrize("kind", ["masked", "sgd"])
+@pytest.mark.parametrize("at", [1, 4])
+def test_moved_and_cast_after_attach(kind, at):
+    def run(change):
+        model, optimizer, sparsifier = setup(kind)
+        for i in range(7):
+            if i == at:
+                change(model)
+            iterate(model, optimizer, sparsifier, i, i + 1)
+            if isinstance(sparsifier.phase, sk.Sparse):
+                held = [(sparsifier.masks.parameter(n), ~sparsifier.masks.bool(n)) for n in sparsifier.masks]
+                assert not any(p[m].any() for p, m in held)
+        return sparsifier.masks.hash()
+
+    assert run(lambda m: m.to(memory_format=torch.channels_last)) == run(lambda m: None)
+
+
+def test_published_momentum_decays_through_a_sparse_phase():
+    model = network()
+    optimizer = sk.MaskedSGD(model.parameters(), lr=0.05, momentum=0.9, momentum_policy="decay")
+    sparsifier = sk.ACDC(0.9, SCHEDULE).attach(model, optimizer, verbose=False)
+    iterate(model, optimizer, sparsifier, 0, 3)
+    pruned = ~sparsifier.masks.bool("3.weight")
+    before = optimizer.state[model[3].weight]["momentum_buffer"][pruned].clone()
+    iterate(model, optimizer, sparsifier, 3, 4)
+    assert before.all() and not model[3].weight[pruned].any()
+    torch.testing.assert_close(optimizer.state[model[3].weight]["momentum_buffer"][pruned], 0.9 * before)
+
+
+def test_bad_state_changes_nothing():
+    model, optimizer, sparsifier = setup()
+    iterate(model, optimizer, sparsifier, 0, 4)
+    good = sparsifier.state_dict()
+    for change, words in [
+        ({"position": -1}, r"state\['position'\] must be"),
+        ({"position": True}, r"state\['position'\] must be"),
+        ({"sparsity": 1.5}, r"state\['sparsity'\] must be"),
+        ({"stepped": "yes"}, r"state\['stepped'\] must be"),
+        ({"masks": {}}, "must hold the parameters"),
+        ({"masks": {**good["masks"], "3.weight": {"shape": (10, 8, 3, 3), "bits": torch.zeros(3).byte()}}}, "'bits'"),
+        ({"masks": {**good["masks"], "3.weight": None}}, "must hold 'shape' and 'bits'"),
+        ({"extra": 1}, "state must hold"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            sparsifier.load_state_dict({**good, "position": 9, **change})
+        assert sparsifier.position == 4 and sparsifier.masks.hash() == good_hash(sparsifier, good)
+
+
+def good_hash(sparsifier, good):
+    again = sk.MaskSet({n: sparsifier.masks.parameter(n) for n in sparsifier.masks})
+    again.load_state_dict(good["masks"])
+    return again.hash()
+
+
+def test_compiled_model_neither_breaks_nor_recompiles():
+    model, optimizer, sparsifier = setup()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    iterate(compiled, optimizer, sparsifier, 0, 1)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        iterate(compiled, optimizer, sparsifier, 1, 14)
+    plain = setup()
+    iterate(*plain, 0, 14)
+    torch.testing.assert_close(model.state_dict(), plain[0].state_dict())
+
+
 @pytest.mark.parametrize("pattern", ["4x1", "1x4"])
 @pytest.mark.parametrize("distribution", ["global", "uniform"])
 def test_block_patterns_prune_whole_blocks(pattern, distribution):
@@ -179,5 +356,19 @@ def test_bad_input_is_named():
         sk.ACDC(0.9, SCHEDULE, include=["stem"]).attach(model, optimizer)
     with pytest.raises(ValueError, match="steps_per_epoch must be given"):
         sk.ACDC(0.9, sk.acdc_schedule(epochs=100)).attach(model, optimizer)
+    with pytest.raises(ValueError, match=r"include: '\(' is no regular expression"):
+        sk.ACDC(0.9, SCHEDULE, include=["("])
+    with pytest.raises(
+        TypeError, match="exclude must be a sequence of regular expressions, got the single string 'fc'"
+    ):
+        sk.ACDC(0.9, SCHEDULE, exclude="fc")
+    with pytest.raises(ValueError, match="schedule must end with sparse 95%, got sparse 90%"):
+        sk.ACDC(0.95, SCHEDULE)
+    with pytest.raises(TypeError, match="schedule must be acdc_schedule"):
+        sk.ACDC(0.95, 100)
+    with pytest.raises(TypeError, match="optimizer must be a torch.optim.Optimizer, got list"):
+        sk.ACDC(0.9, SCHEDULE).attach(model, [])
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got list"):
+        sk.ACDC(0.9, SCHEDULE).attach([], optimizer)
     chosen = sk.ACDC(0.9, SCHEDULE, exclude=["^0", "^5"]).attach(model, optimizer, verbose=False)
     assert list(chosen.masks) == ["3.weight"]

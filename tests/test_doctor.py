@@ -1,50 +1,147 @@
-"""The doctor tells the truth, compiled or not."""
+"""The doctor tells the truth, compiled or not, and the package works in each of these states."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import sparsekern as sk
+from sparsekern import _library, cli, doctor
+
+STEP_AND_DOCTOR = """
+import torch, sparsekern as sk
+from sparsekern.cli import main
+w = torch.ones(3).requires_grad_()
+w.sum().backward()
+sk.MaskedSGD([w], lr=1.0, masks={w: torch.tensor([True, False, True])}).step()
+assert w.tolist() == [0, 0, 0] and sk.ops.topk_mask([torch.tensor([1.0, 3.0, 2.0])], 2)[0].tolist() == [6]
+main(["doctor"])
+"""
+ROOT = Path(sk.__file__).parents[1]
+compiled = pytest.mark.skipif(bool(sk.degradation), reason=f"not compiled: {sk.degradation}")
 
 
-def run(folder, **env):
+def python(folder, *arguments, **env):
+    """Run this Python on the copy of the package in `folder`."""
     return subprocess.run(
-        [sys.executable, "-m", "sparsekern", "doctor"],
-        cwd=folder, env={**os.environ, **env}, capture_output=True, text=True,
+        [sys.executable, *arguments], cwd=folder, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(folder), **env},
     )  # fmt: skip
 
 
-def test_names_backend_and_instruction_set():
-    result = run(Path(sk.__file__).parents[1])
+@pytest.fixture(scope="module")
+def unbuilt(tmp_path_factory):
+    """A folder with a copy of the package in which nothing is compiled."""
+    folder = tmp_path_factory.mktemp("unbuilt")
+    ignore = shutil.ignore_patterns("*.so", "__pycache__", "_build_info.json")
+    shutil.copytree(Path(sk.__file__).parent, folder / "sparsekern", ignore=ignore)
+    return folder
+
+
+def step_and_doctor(folder, **env):
+    """The report of a process in which a step and a selection gave the right result."""
+    result = python(folder, "-c", STEP_AND_DOCTOR, **env)
     assert result.returncode == 0, result.stderr
-    assert torch.__version__ in result.stdout
-    if not sk.degradation:
-        assert (
-            torch.ops.sparsekern.cpu_isa() in result.stdout and "masked_sgd_    CPU: compiled kernel" in result.stdout
-        )
+    return result
 
 
-def test_unbuilt_package_works_and_says_so(tmp_path):
-    source = Path(sk.__file__).parent
-    shutil.copytree(source, tmp_path / "sparsekern", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    result = run(tmp_path, PYTHONPATH=str(tmp_path))
-    assert result.returncode == 0, result.stderr
-    assert "masked_sgd_    CPU: PyTorch reference" in result.stdout and "degraded: " in result.stdout
-    assert result.stderr.count("without its compiled kernels") == 1
-    code = "import torch, sparsekern as sk; w = torch.ones(3).requires_grad_(); w.sum().backward();"
-    code += "sk.MaskedSGD([w], lr=1.0, masks={w: torch.tensor([True, False, True])}).step(); print(w.tolist())"
-    step = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert step.stdout.strip() == "[0.0, 0.0, 0.0]", step.stderr
+def row(report, name):
+    return next(line.split(None, 1)[1] for line in report.splitlines() if line.split()[:1] == [name])
 
 
+@compiled
+def test_names_versions_backends_and_instruction_set(capsys):
+    assert cli.main(["doctor"]) == 0
+    report = capsys.readouterr().out
+    assert torch.__version__ in row(report, "torch") and sk.__version__ in row(report, "sparsekern")
+    assert row(report, "masked_sgd_").startswith("CPU: compiled kernel, GPU: PyTorch reference")
+    assert row(report, "topk_mask").startswith("CPU: compiled kernel")
+    assert f"kernels use     {torch.ops.sparsekern.cpu_isa()}" in report
+    assert "scalar" in row(report, "kernels") and "SPARSEKERN_CUDA=" in row(report, "CUDA")
+
+
+@compiled
+def test_module_agrees_with_the_library():
+    module = pytest.importorskip("sparsekern._C", reason="_C was not built: no Python headers or pybind11")
+    sets, features = module.build_info()["instruction_sets"], module.cpu_features()
+    assert torch.ops.sparsekern.cpu_isa() in sets and module.build_info()["cplusplus"] >= 202002
+    before = torch.ops.sparsekern.cpu_isa()
+    torch.ops.sparsekern.set_cpu_isa("avx512")
+    wide = all(features.get(name) for name in ("avx512f", "avx512bw", "avx512dq", "avx512vl"))
+    assert (torch.ops.sparsekern.cpu_isa() == "avx512") == wide
+    torch.ops.sparsekern.set_cpu_isa(before)
+
+
+def test_unbuilt_package_works_and_says_so_once(unbuilt):
+    result = step_and_doctor(unbuilt)
+    assert row(result.stdout, "masked_sgd_").startswith("CPU: PyTorch reference")
+    assert row(result.stdout, "topk_mask").startswith("CPU: PyTorch reference")
+    assert "install a C++ compiler and reinstall" in result.stdout.split("degradations")[1]
+    assert result.stderr.count("without its compiled kernels") == 1 == result.stderr.count("references are used")
+
+
+def test_reason_of_the_build_reaches_the_user(unbuilt):
+    record = unbuilt / "sparsekern/_build_info.json"
+    decisions = {"kernels": "none: the dog ate the compiler", "_C": "none: ditto", "CUDA": "none"}
+    record.write_text(json.dumps({"decisions": decisions, "torch": "2.99", "python": "3.99", "sources": "0"}))
+    result = python(unbuilt, "-m", "sparsekern", "doctor")
+    record.unlink()
+    assert "the dog ate the compiler" in result.stderr and "the dog ate" in row(result.stdout, "kernels")
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="needs c++")
+def test_library_with_an_unresolved_symbol_degrades_and_names_the_cure(unbuilt, tmp_path):
+    source, library = tmp_path / "x.cpp", unbuilt / "sparsekern/_ops.abi3.so"
+    source.write_text("void gone_from_torch(); struct S { S() { gone_from_torch(); } } s;")
+    subprocess.run(["c++", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    result = step_and_doctor(unbuilt)
+    library.unlink()
+    for text in (result.stdout.split("degradations")[1], result.stderr):
+        assert "gone_from_torch" in text and torch.__version__ in text and "--force-reinstall" in text
+    assert result.stderr.count("does not load") == 1
+
+
+@compiled
+def test_library_older_than_the_python_code_is_not_trusted(monkeypatch):
+    monkeypatch.setattr(_library, "kernels_loaded", True)
+    monkeypatch.setitem(_library.NATIVE, "topk_mask", "cpu_isa")  # has no kernel for the key "CPU"
+    assert "older than the Python code, it lacks topk_mask" in _library._load()
+    assert not _library.kernels_loaded and not _library.has_kernel("masked_sgd_", "CPU")
+
+
+def test_backend_can_be_switched_off_without_a_warning():
+    result = step_and_doctor(ROOT, SPARSEKERN_BACKEND="reference")
+    assert row(result.stdout, "masked_sgd_").startswith("CPU: PyTorch reference")
+    assert "SPARSEKERN_BACKEND=reference" in result.stdout.split("degradations")[1] and not result.stderr
+
+
+def test_unknown_backend_is_refused(monkeypatch):
+    monkeypatch.setenv("SPARSEKERN_BACKEND", "fast")
+    with pytest.raises(ValueError, match="SPARSEKERN_BACKEND: got 'fast', allowed are auto, reference"):
+        _library.backend_setting()
+
+
+@compiled
 def test_unknown_instruction_set_is_refused():
-    if not sk.degradation:
-        result = run(Path(sk.__file__).parents[1], SPARSEKERN_CPU_ISA="sse9")
-        assert result.returncode != 0 and "got 'sse9', allowed are scalar, avx2, avx512" in result.stderr
+    result = python(ROOT, "-c", "import sparsekern", SPARSEKERN_CPU_ISA="sse9")
+    assert result.returncode != 0 and "got 'sse9', allowed are scalar, avx2, avx512" in result.stderr
+
+
+def test_sources_newer_than_the_build_are_told(monkeypatch):
+    built = _library.build_info()
+    if not built or not (ROOT / "csrc").exists():
+        pytest.skip("needs a built checkout")
+    assert not any("older than the sources" in text for text in doctor.degradations())
+    monkeypatch.setattr(_library, "build_info", lambda: {**built, "sources": "another"})
+    assert any("older than the sources" in text for text in doctor.degradations())
+
+
+def test_usage_error_names_the_commands(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["surgeon"])
+    assert "surgeon" in capsys.readouterr().err

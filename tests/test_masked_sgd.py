@@ -44,14 +44,12 @@ OPTIONS = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
-def test_backends_agree_bit_for_bit(backend, dtype, options, density):
-    if backend == "reference":
-        pytest.skip("the reference is what the others are compared with")
+def test_backends_agree_bit_for_bit(native, dtype, options, density):
     if not torch_has_fma:
         pytest.skip("torch has no fma on this CPU")
     got = problem(dtype, density)
     want = copy.deepcopy(got)
-    step(backend, *got, **options)
+    step(native, *got, **options)
     step("reference", *want, **options)
     torch.testing.assert_close(got, want, rtol=0, atol=0)
 
@@ -129,13 +127,11 @@ def test_thread_count_does_not_matter():
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "transposed", "sliced", "mixed"])
-def test_layouts_equal_contiguous(backend, layout):
-    if backend == "reference":
-        pytest.skip("layouts are the business of the wrapper and the kernels")
+def test_layouts_equal_contiguous(native, layout):
     w, g, v = torch.randn(3, 6, 4, 5, 3)
     keep = torch.rand(6, 4, 5, 3) < 0.5
     want = [t.clone() for t in (w, g, v)]
-    step(backend, *[[t] for t in want], [sk.ops.pack_mask(keep)], torch.zeros(1).byte(), mu=0.9)
+    step(native, *[[t] for t in want], [sk.ops.pack_mask(keep)], torch.zeros(1).byte(), mu=0.9)
     change = {
         "channels_last": lambda t: t.to(memory_format=torch.channels_last),
         "transposed": lambda t: t.transpose(0, 2).contiguous().transpose(0, 2),
@@ -146,7 +142,7 @@ def test_layouts_equal_contiguous(backend, layout):
     else:
         got = [change[layout](t) for t in (w, g, v)]
     packed = sk.ops.pack_mask(torch.empty_like(got[0], dtype=torch.bool).copy_(keep))
-    step(backend, *[[t] for t in got], [packed], torch.zeros(1).byte(), mu=0.9)
+    step(native, *[[t] for t in got], [packed], torch.zeros(1).byte(), mu=0.9)
     torch.testing.assert_close([got[0], got[2]], [want[0], want[2]], rtol=0, atol=0)
 
 
@@ -157,7 +153,32 @@ def test_opcheck_every_sample():
         torch.library.opcheck(torch.ops.sparsekern.masked_sgd_, args, {**hyper, "momentum_policy": "mask", **options})
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.5])
+def test_known_zero_gives_the_same_result_and_leaves_dead_memory(native, dtype, density):
+    got = problem(dtype, density)
+    for p, v, m in zip(got[0], got[2], got[3], strict=True):
+        if m is not None:
+            p.masked_fill_(~sk.ops.unpack_mask(m, p), 0), v.masked_fill_(~sk.ops.unpack_mask(m, p), 0)
+    want = copy.deepcopy(got)
+    options = dict(mu=0.9, weight_decay=0.01, nesterov=True)
+    step(native, *got, **options, known_zero=[True] * len(SIZES))
+    step(native, *want, **options)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    if density == 0:  # the promise is taken at its word
+        w = torch.ones(64, dtype=dtype)
+        args = [w], [w.clone()], [w.clone()], [torch.zeros(8, dtype=torch.uint8)], torch.zeros(1).byte()
+        step(native, *args, mu=0.9, known_zero=[True])
+        assert w.all() and args[2][0].all()
+        step(native, *args, mu=0.9, known_zero=[False])
+        assert not w.any() and not args[2][0].any()
+
+
 def test_version_counters_are_bumped():
+    tensors = torch.ones(4), torch.ones(4), torch.zeros(1, dtype=torch.uint8)
+    before = [t._version for t in tensors]
+    step("native", [tensors[0]], [torch.ones(4)], [tensors[1]], [None], tensors[2], mu=0.9)
+    assert all(t._version > v for t, v in zip(tensors, before, strict=True))
     w = torch.randn(4, requires_grad=True)
     loss = (w * w).sum()
     step("native", [w], [torch.ones(4)], [], [None], torch.zeros(1).byte())
@@ -170,10 +191,17 @@ def test_version_counters_are_bumped():
     [
         (dict(grads=[torch.zeros(3)]), r"grads\[0\] must be torch.float32 of shape \(4,\)"),
         (dict(grads=[]), "grads must have one entry"),
-        (dict(masks=[torch.zeros(2, dtype=torch.uint8)]), r"masks\[0\] must be uint8 of shape \(1,\)"),
+        (dict(masks=[torch.zeros(2, dtype=torch.uint8)]), r"masks\[0\] must be contiguous uint8 of shape \(1,\)"),
         (dict(fresh=torch.zeros(1)), "fresh must be uint8"),
         (dict(momentum_policy="drop"), "momentum_policy must be 'mask' or 'decay', got 'drop'"),
         (dict(nesterov=True, dampening=0.5), "nesterov needs"),
+        (dict(grad_scale=torch.ones(2)), "grad_scale must be one float32 or float64 number in a tensor on cpu"),
+        (dict(found_inf=torch.zeros(1, dtype=torch.int32)), "found_inf must be one .* got torch.int32"),
+        (dict(found_inf=1.0), "found_inf must be one .* got 1.0"),
+        (dict(grads=[torch.ones(4).to_sparse()]), r"grads\[0\] must be dense"),
+        (dict(params=[torch.ones(4, device="meta")]), r"params\[0\] must be on cpu like fresh, got meta"),
+        (dict(known_zero=[]), "known_zero must be None or hold 1 bools"),
+        (dict(known_zero=[True], momentum_policy="decay"), "known_zero must be .* under 'decay'"),
     ],
 )
 def test_bad_input_is_named_and_changes_nothing(change, message):
@@ -181,11 +209,12 @@ def test_bad_input_is_named_and_changes_nothing(change, message):
     args = {**args, "fresh": torch.zeros(1, dtype=torch.uint8), "lr": 0.1, "mu": 0.9, **change}
     with pytest.raises(ValueError, match=message):
         sk.ops.masked_sgd_(**args)
-    assert args["params"][0].eq(1).all() and args["momentum"][0].eq(1).all()
+    assert args["params"][0].is_meta or args["params"][0].eq(1).all() and args["momentum"][0].eq(1).all()
     with pytest.raises(TypeError, match=r"params\[0\] must be one of"):
         sk.ops.masked_sgd_(**{**args, "params": [torch.ones(4, dtype=torch.int32)], "grads": [torch.ones(4)],
                               "masks": [None], "fresh": torch.zeros(1).byte(), "nesterov": False,
-                              "momentum_policy": "mask"})  # fmt: skip
+                              "momentum_policy": "mask", "grad_scale": None, "found_inf": None,
+                              "known_zero": None})  # fmt: skip
 
 
 def test_overlapping_memory_is_refused():
@@ -196,94 +225,12 @@ def test_overlapping_memory_is_refused():
     flat = torch.ones(7)
     with pytest.raises(ValueError, match="overlaps the memory"):
         sk.ops.masked_sgd_([flat[:4]], [w], [flat[3:]], None, fresh, lr=0.1, mu=0.9)
-    assert flat.eq(1).all() and w.eq(1).all()
+    bits = torch.zeros(4, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"overlaps the memory of (masks|params)\[0\]"):
+        sk.ops.masked_sgd_([bits.view(torch.float32)], [torch.ones(1)], [], [bits[:1]], fresh, lr=0.1)
+    with pytest.raises(ValueError, match="overlaps the memory"):
+        sk.ops.masked_sgd_([w], [flat[:4]], [], None, fresh, lr=0.1, found_inf=w[:1])
+    with pytest.raises(ValueError, match=r"params\[0\] must have memory for each element"):
+        sk.ops.masked_sgd_([w[:1].expand(4)], [flat[:4]], [], None, fresh, lr=0.1)
+    assert flat.eq(1).all() and w.eq(1).all() and not bits.any()
     sk.ops.masked_sgd_([flat[:3]], [w[:3]], [flat[3:6]], None, fresh, lr=0.1, mu=0.9)
-
-
-def train(make, dtype, steps=5):
-    torch.manual_seed(0)
-    params = [torch.randn(n, dtype=dtype).requires_grad_() for n in [(3, 5), (17,), (33, 4)]]
-    optimizer = make(params)
-    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
-    for _ in range(steps):
-        for p in params:
-            p.grad = torch.randn(p.shape, dtype=dtype)
-        optimizer.step()
-        scheduler.step()
-    return params, optimizer
-
-
-@pytest.mark.skipif(not torch_has_fma, reason="torch has no fma on this CPU")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "hyper",
-    [
-        dict(lr=0.1),
-        dict(lr=0.1, momentum=0.9, weight_decay=0.01),
-        dict(lr=0.1, momentum=0.9, dampening=0.5),
-        dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4, maximize=True),
-    ],
-    ids=str,
-)
-def test_optimizer_equals_torch_without_masks(backend, dtype, hyper):
-    if backend == "reference":
-        pytest.skip("covered by the agreement of the backends")
-    # torch's own low-precision arithmetic is float32 inside only when fused.
-    fused = dtype in (torch.bfloat16, torch.float16)
-    got, ours = train(lambda p: sk.MaskedSGD(p, **hyper), dtype)
-    want, theirs = train(lambda p: torch.optim.SGD(p, **hyper, fused=fused), dtype)
-    torch.testing.assert_close(got, want, rtol=0, atol=0)
-    assert ours.state_dict()["param_groups"][0]["lr"] == theirs.state_dict()["param_groups"][0]["lr"]
-    again = torch.optim.SGD(got, **hyper)
-    again.load_state_dict(ours.state_dict())
-
-
-def test_optimizer_keeps_pruned_weights_zero_and_resumes():
-    w = torch.randn(50, 7).requires_grad_()
-    keep = torch.rand(50, 7) < 0.2
-    optimizer = sk.MaskedSGD([w], lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True, masks={w: keep})
-    for _ in range(3):
-        optimizer.zero_grad()
-        loss = optimizer.step(lambda: (w.square().sum().backward(), 1.5)[1])
-    assert loss == 1.5
-    buffer = optimizer.state[w]["momentum_buffer"]
-    assert not w[~keep].any() and not buffer[~keep].any() and w[keep].all()
-    clone = w.detach().clone().requires_grad_()
-    resumed = sk.MaskedSGD([clone], lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True, masks={clone: keep})
-    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for p, o in ((w, optimizer), (clone, resumed)):
-        p.grad = torch.ones_like(p)
-        o.step()
-    torch.testing.assert_close(clone, w, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("overflow_at", [0, 1])
-def test_grad_scaler_skips_and_first_real_step_is_fresh(overflow_at):
-    def run(make):
-        w = torch.ones(20).requires_grad_()
-        optimizer, scaler = make(w), torch.amp.GradScaler("cpu", init_scale=8.0)
-        for i in range(4):
-            optimizer.zero_grad()
-            scaler.scale((w * (float("inf") if i == overflow_at else 2.0)).sum()).backward()
-            scaler.step(optimizer)
-            scaler.update()
-        return w.detach()
-
-    hyper = dict(lr=0.1, momentum=0.9, dampening=0.5)
-    got, want = run(lambda w: sk.MaskedSGD([w], **hyper)), run(lambda w: torch.optim.SGD([w], **hyper))
-    torch.testing.assert_close(got, want, rtol=0, atol=0)
-
-
-def test_optimizer_refuses_bad_arguments():
-    w = torch.ones(4).requires_grad_()
-    with pytest.raises(ValueError, match="lr must be at least 0, got -1"):
-        sk.MaskedSGD([w], lr=-1)
-    with pytest.raises(ValueError, match="differentiable must be False"):
-        sk.MaskedSGD([w], differentiable=True)
-    with pytest.raises(ValueError, match=r"must be bool of shape \(4,\)"):
-        sk.MaskedSGD([w], masks={w: torch.ones(3, dtype=torch.bool)})
-    with pytest.raises(ValueError, match="is no parameter of this optimizer"):
-        sk.MaskedSGD([w], masks={torch.ones(4): torch.ones(4, dtype=torch.bool)})
-    w.grad = torch.ones(4).to_sparse()
-    with pytest.raises(RuntimeError, match="is sparse"):
-        sk.MaskedSGD([w]).step()

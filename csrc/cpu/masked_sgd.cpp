@@ -38,8 +38,14 @@ double scalar_value(const Tensor& t) {
   return *t.const_data_ptr<float>();
 }
 
+// Element i of one's memory is element i of the other's; strides of dimensions of size 1 say nothing.
 bool same_layout(const Tensor& a, const Tensor& b) {
-  return a.sizes() == b.sizes() && a.strides() == b.strides() && a.scalar_type() == b.scalar_type();
+  // torch 2.10 has no operator== for sizes.
+  if (a.scalar_type() != b.scalar_type() || !a.sizes().equals(b.sizes())) return false;
+  for (int64_t d = 0; d < a.dim(); ++d) {
+    if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;
+  }
+  return true;
 }
 
 // Elements per task: 32 Ki, that is 640 KiB of float32 traffic, and a multiple of the 16 lanes that share mask bytes.
@@ -48,16 +54,20 @@ constexpr int64_t kGrain = int64_t{1} << 15;
 void masked_sgd_cpu(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> momentum,
                     std::vector<std::optional<Tensor>> masks, Tensor fresh, double lr, double mu, double dampening,
                     double weight_decay, bool nesterov, bool maximize, std::string momentum_policy,
-                    std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
+                    std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
+                    std::vector<int64_t> known_zero) {
   const size_t count = params.size();
   STD_TORCH_CHECK(grads.size() == count && masks.size() == count && fresh.numel() == static_cast<int64_t>(count),
                   "masked_sgd_: params, grads, masks and fresh must have one entry per parameter");
   STD_TORCH_CHECK(mu == 0 || momentum.size() == count, "masked_sgd_: momentum must have one entry per parameter");
   STD_TORCH_CHECK(fresh.scalar_type() == ScalarType::Byte && fresh.is_contiguous(), "masked_sgd_: fresh must be uint8");
+  STD_TORCH_CHECK(known_zero.empty() || (known_zero.size() == count && momentum_policy == "mask"),
+                  "masked_sgd_: known_zero must be empty, or have one entry per parameter and momentum_policy 'mask'");
   uint8_t* const is_fresh = fresh.mutable_data_ptr<uint8_t>();
 
   std::vector<SgdTensor> tensors(count);
   std::vector<int64_t> first_task(count + 1, 0);
+  int64_t elements = 0;
   for (size_t i = 0; i < count; ++i) {
     const Tensor& p = params[i];
     STD_TORCH_CHECK(same_layout(p, grads[i]), "masked_sgd_: grads[", i, "] must have the layout of params[", i, "]");
@@ -73,7 +83,9 @@ void masked_sgd_cpu(std::vector<Tensor> params, std::vector<Tensor> grads, std::
                   mu == 0 ? nullptr : momentum[i].mutable_data_ptr(),
                   masks[i] ? masks[i]->const_data_ptr<uint8_t>() : nullptr,
                   dtype_of(p),
-                  is_fresh[i] != 0};
+                  is_fresh[i] != 0,
+                  !known_zero.empty() && known_zero[i] != 0};
+    elements += p.numel();
     first_task[i + 1] = first_task[i] + (p.numel() + kGrain - 1) / kGrain;
   }
   if (found_inf && scalar_value(*found_inf) != 0) return;
@@ -88,7 +100,9 @@ void masked_sgd_cpu(std::vector<Tensor> params, std::vector<Tensor> grads, std::
                            momentum_policy == "decay",
                            grad_scale.has_value()};
   const auto step = kernels().masked_sgd;
-  torch::stable::parallel_for(0, first_task[count], 1, [&](int64_t begin, int64_t end) {
+  // Many small tensors are not worth waking a thread for: a thread gets kGrain elements at least.
+  const int64_t tasks = first_task[count], grain = tasks / std::max(int64_t{1}, elements / kGrain) + 1;
+  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
     size_t i = std::upper_bound(first_task.begin(), first_task.end(), begin) - first_task.begin() - 1;
     for (int64_t task = begin; task < end; ++task) {
       while (task >= first_task[i + 1]) ++i;

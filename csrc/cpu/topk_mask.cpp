@@ -1,13 +1,18 @@
-// Host side of topk_mask on CPU: an exact radix selection whose result does not depend on the number of threads.
+// Host side of topk_mask on CPU: checks, lays out, selects. The contract is sparsekern/ops/topk_mask.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <mutex>
+#include <atomic>
+#include <numeric>
+#include <optional>
+#include <string>
+#include <tuple>
 #include <vector>
 
 #include "dispatch.h"
+#include "topk_select.h"
 
 namespace sparsekern {
 namespace {
@@ -15,159 +20,235 @@ namespace {
 using torch::stable::Tensor;
 using ScalarType = torch::headeronly::ScalarType;
 
-constexpr int64_t kStatusNan = 1, kStatusTooFew = 2;
-// Groups (or weights) per task; a multiple of 8, so that no two tasks share a mask byte.
-constexpr int64_t kGrain = int64_t{1} << 15;
-// The first level fits the first-level cache. Magnitudes lose their sign, which leaves exponent and 4 fraction bits.
-constexpr TopkLevel kLevels[] = {{0, 20, 12}, {0, 10, 10}, {0, 0, 10}};
-constexpr int kMaxBits = 12;
-
 Dtype dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Float:
       return Dtype::kFloat32;
+    case ScalarType::Double:
+      return Dtype::kFloat64;
     case ScalarType::BFloat16:
       return Dtype::kBFloat16;
     case ScalarType::Half:
       return Dtype::kFloat16;
     default:
-      STD_TORCH_CHECK(false, "topk_mask: scores must be float32, bfloat16 or float16");
+      STD_TORCH_CHECK(false, "topk_mask: scores must be float32, float64, bfloat16 or float16");
   }
 }
 
-// Consecutive tensors, cut into tasks of kGrain units.
-struct Span {
-  const TopkTensor* tensors;
-  std::vector<int64_t> sizes, first_task;
-
-  explicit Span(const TopkTensor* t, std::vector<int64_t> units) : tensors(t), sizes(std::move(units)) {
-    first_task.push_back(0);
-    for (int64_t size : sizes) first_task.push_back(first_task.back() + (size + kGrain - 1) / kGrain);
-  }
-  int64_t tasks() const { return first_task.back(); }
-
-  // body(tensor, task, begin, end) for tasks [from, to).
-  template <class F>
-  void each(int64_t from, int64_t to, const F& body) const {
-    size_t i = std::upper_bound(first_task.begin(), first_task.end(), from) - first_task.begin() - 1;
-    for (int64_t task = from; task < to; ++task) {
-      while (task >= first_task[i + 1]) ++i;
-      const int64_t begin = (task - first_task[i]) * kGrain;
-      body(tensors[i], task, begin, std::min(begin + kGrain, sizes[i]));
-    }
-  }
-  template <class F>
-  void parallel(const F& body) const {
-    torch::stable::parallel_for(0, tasks(), 1, [&](int64_t from, int64_t to) { each(from, to, body); });
-  }
+// `axis` is the block axis, or -1 for single weights; a ratio has m > 0.
+struct Pattern {
+  int64_t axis;
+  TopkRatio ratio;
 };
 
-std::vector<int64_t> histogram(const Span& span, const TopkLevel& level, bool& nan) {
-  const int64_t size = int64_t{1} << level.bits;
-  std::vector<int64_t> total(size, 0);
-  std::mutex merging;
-  const auto count = kernels().topk_histogram;
-  torch::stable::parallel_for(0, span.tasks(), 1, [&](int64_t from, int64_t to) {
-    std::vector<uint32_t> local(2 * size);
-    bool found = false;
-    // Flushed before a 32-bit counter can overflow.
-    for (constexpr int64_t kBatch = int64_t{1} << 16; from < to; from += kBatch) {
-      std::fill(local.begin(), local.end(), 0u);
-      span.each(from, std::min(to, from + kBatch), [&](const TopkTensor& t, int64_t, int64_t begin, int64_t end) {
-        count(t, level, begin, end, local.data(), &found);
-      });
-      const std::lock_guard<std::mutex> lock(merging);
-      for (int64_t i = 0; i < size; ++i) total[i] += int64_t{local[i]} + local[size + i];
-      nan = nan || found;
+Pattern parse(const std::string& name) {
+  if (name == "unstructured") return {-1, {0, 0}};
+  if (name == "4x1") return {0, {0, 0}};
+  if (name == "1x4" || name == "block4") return {1, {0, 0}};
+  TopkRatio ratio{0, 0};
+  const size_t colon = name.find(':');
+  const auto number = [&](size_t from, size_t to) {
+    int64_t value = 0;
+    for (size_t i = from; i < to; ++i) {
+      const bool digit = name[i] >= '0' && name[i] <= '9';
+      STD_TORCH_CHECK(digit, "topk_mask: pattern='", name, "' is unknown");
+      // No axis is that long, so nothing changes beyond.
+      value = std::min(value * 10 + (name[i] - '0'), int64_t{1} << 50);
     }
-  });
-  return total;
+    return value;
+  };
+  if (colon != std::string::npos) ratio = {number(0, colon), number(colon + 1, name.size())};
+  STD_TORCH_CHECK(1 <= ratio.n && ratio.n <= ratio.m, "topk_mask: pattern='", name, "' is unknown");
+  return {1, ratio};
 }
 
-// Writes the group bits of the `keep` best groups of all of `span`.
-int64_t select(const Span& span, int64_t keep, int64_t groups) {
-  if (groups == 0) return keep > 0 ? kStatusTooFew : 0;
-  const int64_t wanted = std::clamp(keep, int64_t{0}, groups);
-  bool nan = false;
-  uint32_t threshold = 0xfffffffeu;  // above every number: keeps nothing
-  int64_t needed = wanted, ties = 0;
-  for (TopkLevel level : kLevels) {
-    level.prefix = threshold;
-    const std::vector<int64_t> counts = histogram(span, level, nan);
-    if (nan) break;
-    if (wanted == 0) break;
-    int64_t bin = (int64_t{1} << level.bits) - 1;
-    while (counts[bin] < needed) needed -= counts[bin--];
-    threshold = (level.shift + level.bits == 32 ? 0u : threshold << level.bits) | static_cast<uint32_t>(bin);
-    ties = counts[bin];
+// Dims longer than 1, outermost in memory first; empty if the tensor has gaps or overlaps.
+std::optional<std::vector<int64_t>> dense_order(const Tensor& t) {
+  std::vector<int64_t> order;
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    if (t.size(d) > 1) order.push_back(d);
   }
-  const int64_t status = (nan ? kStatusNan : 0) + (keep > groups ? kStatusTooFew : 0);
-  if (nan) {
-    threshold = 0xfffffffeu;
-    needed = ties = 0;
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return t.stride(a) > t.stride(b); });
+  int64_t expected = 1;
+  for (size_t i = order.size(); i-- > 0; expected *= t.size(order[i])) {
+    if (t.stride(order[i]) != expected) return std::nullopt;
   }
-  std::vector<int64_t> allowed(span.tasks(), 0);
-  const bool all = needed == ties && ties > 0;
-  if (!all && needed > 0) {
-    span.parallel([&](const TopkTensor& t, int64_t task, int64_t begin, int64_t end) {
-      kernels().topk_ties(t, threshold, begin, end, &allowed[task]);
+  return order;
+}
+
+struct Scores {
+  std::vector<Tensor> dense;
+  std::vector<TopkTensor> tensors;
+  std::vector<TopkLayout> layouts;
+  std::vector<int64_t> groups, weights;
+  std::vector<std::vector<uint8_t>> chosen, allowed;  // group bits, for blocks only
+};
+
+// Where the blocks of one dense tensor lie.
+TopkLayout layout_of(const Tensor& s, const std::vector<int64_t>& order, int64_t axis) {
+  TopkLayout layout{{}, std::vector<int64_t>(s.dim(), 0), true};
+  for (int64_t d = 0; d < s.dim(); ++d) layout.sizes.push_back(d == axis ? (s.size(d) + 3) / 4 : s.size(d));
+  int64_t stride = 1, inner = s.dim();
+  for (size_t i = order.size(); i-- > 0;) {
+    const int64_t d = order[i];
+    layout.strides[d] = stride;
+    stride *= layout.sizes[d];
+    if (layout.sizes[d] == 1) continue;
+    layout.row_major = layout.row_major && d < inner;
+    inner = d;
+  }
+  return layout;
+}
+
+void add_scores(Scores& all, const Tensor& given, const Tensor& mask, const std::optional<Tensor>& candidates,
+                const Pattern& pattern, bool magnitude) {
+  const bool block = pattern.axis >= 0 && pattern.ratio.m == 0;
+  Tensor s = given;
+  std::optional<std::vector<int64_t>> order = dense_order(s);
+  if (!order && s.numel() > 0) {
+    s = torch::stable::empty_like(given);  // the layout that the mask counts in
+    torch::stable::copy_(s, given);
+    order = dense_order(s);
+  }
+  const int64_t weights = s.numel();
+  TopkTensor t{s.const_data_ptr(),
+               mask.mutable_data_ptr<uint8_t>(),
+               mask.mutable_data_ptr<uint8_t>(),
+               candidates ? candidates->const_data_ptr<uint8_t>() : nullptr,
+               1,
+               1,
+               dtype_of(s),
+               block,
+               magnitude,
+               false};
+  int64_t groups = weights;
+  TopkLayout layout{{}, {}, true};
+  if (weights > 0) {
+    layout = layout_of(s, *order, block ? pattern.axis : -1);
+    if (pattern.axis >= 0) {
+      t.axis = s.size(pattern.axis);
+      t.inner = t.axis > 1 ? s.stride(pattern.axis) : weights;
+    }
+    if (block) groups = weights / t.axis * ((t.axis + 3) / 4);
+  }
+  all.dense.push_back(s);
+  all.tensors.push_back(t);
+  all.layouts.push_back(layout);
+  all.groups.push_back(groups);
+  all.weights.push_back(weights);
+}
+
+// Group bits of block patterns are kept apart from the mask's.
+void add_group_bits(Scores& all) {
+  all.chosen.resize(all.tensors.size());
+  all.allowed.resize(all.tensors.size());
+  for (size_t i = 0; i < all.tensors.size(); ++i) {
+    TopkTensor& t = all.tensors[i];
+    all.chosen[i].resize((all.groups[i] + 7) / 8);
+    t.chosen = all.chosen[i].data();
+    if (!t.allowed) continue;
+    all.allowed[i].resize((all.groups[i] + 7) / 8);
+    uint8_t* const out = all.allowed[i].data();
+    TopkSpan(&t, {all.groups[i]}).parallel([&](const TopkTensor&, int64_t, int64_t begin, int64_t end) {
+      kernels().topk_gather_bits(t, t.allowed, begin, end, out);
     });
-    for (int64_t& n : allowed) needed -= n = std::min(n, needed);
+    t.allowed = out;
   }
-  const uint32_t least = threshold + (all ? 0 : 1);
-  span.parallel([&](const TopkTensor& t, int64_t task, int64_t begin, int64_t end) {
-    kernels().topk_choose(t, least, allowed[task], begin, end);
+}
+
+int64_t select(const Scores& all, const std::vector<int64_t>& keep, bool global_budget) {
+  if (global_budget) return topk_select(TopkSpan(all.tensors.data(), all.groups), all.layouts.data(), keep[0]);
+  std::atomic<int64_t> status{0};
+  const auto one = [&](int64_t i) {
+    status |= topk_select(TopkSpan(&all.tensors[i], {all.groups[i]}), &all.layouts[i], keep[i]);
+  };
+  // Large tensors one by one, each on all threads; then the small ones side by side.
+  std::vector<int64_t> small;
+  for (size_t i = 0; i < all.tensors.size(); ++i) {
+    if (all.groups[i] > 4 * kTopkGrain) {
+      one(static_cast<int64_t>(i));
+    } else {
+      small.push_back(static_cast<int64_t>(i));
+    }
+  }
+  torch::stable::parallel_for(0, static_cast<int64_t>(small.size()), 1, [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i) one(small[i]);
   });
   return status;
 }
 
-// `axis` is the block axis, or -1 for single weights. Fills `masks`, returns the status.
-int64_t topk_mask_cpu(std::vector<Tensor> scores, std::vector<Tensor> masks, std::vector<int64_t> keep,
-                      bool global_budget, int64_t axis, bool magnitude) {
-  const size_t count = scores.size();
-  STD_TORCH_CHECK(masks.size() == count && keep.size() == (global_budget ? 1 : count),
-                  "topk_mask: scores, masks and keep must have one entry per tensor");
-  STD_TORCH_CHECK(axis >= -1 && axis <= 1, "topk_mask: axis is ", axis, ", allowed are -1, 0 and 1");
-  std::vector<TopkTensor> tensors(count);
-  std::vector<int64_t> groups(count), weights(count);
-  std::vector<std::vector<uint8_t>> chosen(count);
-  for (size_t i = 0; i < count; ++i) {
-    const Tensor &s = scores[i], &m = masks[i];
-    weights[i] = s.numel();
-    STD_TORCH_CHECK(s.is_contiguous(), "topk_mask: scores[", i, "] must be contiguous");
-    STD_TORCH_CHECK(axis < 0 || s.dim() >= 2, "topk_mask: scores[", i, "] must have two dims or more");
-    STD_TORCH_CHECK(
-        m.scalar_type() == ScalarType::Byte && m.is_contiguous() && int64_t(m.numel()) == (weights[i] + 7) / 8,
-        "topk_mask: masks[", i, "] must be contiguous uint8 with one bit per weight");
-    TopkTensor& t = tensors[i];
-    t = {s.const_data_ptr(), m.mutable_data_ptr<uint8_t>(), nullptr, 1, 1, dtype_of(s), axis >= 0, magnitude};
-    t.chosen = t.mask;
-    groups[i] = weights[i];
-    if (axis < 0 || weights[i] == 0) continue;
-    t.axis = s.size(axis);
-    t.inner = weights[i] / s.size(0) / (axis ? t.axis : 1);
-    groups[i] = (axis ? s.size(0) : 1) * ((t.axis + 3) / 4) * t.inner;
-    chosen[i].resize((groups[i] + 7) / 8 + 1);
-    t.chosen = chosen[i].data();
+// The masks must be zero.
+int64_t select_ratio(const Scores& all, TopkRatio ratio) {
+  std::atomic<bool> nan{false};
+  for (size_t i = 0; i < all.tensors.size(); ++i) {
+    const TopkTensor& t = all.tensors[i];
+    if (all.weights[i] == 0) continue;
+    const TopkRatio capped{std::min(ratio.n, t.axis), std::min(ratio.m, t.axis)};
+    const int64_t slice = t.axis * t.inner, outer = all.weights[i] / slice;
+    // Eight slices end at a byte.
+    const int64_t grain = std::max(int64_t{8}, kTopkGrain / slice / 8 * 8);
+    torch::stable::parallel_for(0, (outer + grain - 1) / grain, 1, [&](int64_t from, int64_t to) {
+      std::vector<uint64_t> tile(64 * capped.m);
+      bool found = false;
+      kernels().topk_n_of_m(t, capped, from * grain, std::min(to * grain, outer), tile.data(), &found);
+      if (found) nan = true;
+    });
   }
+  return nan ? kTopkNan : 0;
+}
 
-  int64_t status = 0;
-  if (global_budget) {
-    int64_t total = 0;
-    for (int64_t n : groups) total += n;
-    status = select(Span(tensors.data(), groups), keep[0], total);
-  } else {
-    for (size_t i = 0; i < count; ++i) status |= select(Span(&tensors[i], {groups[i]}), keep[i], groups[i]);
+void check(const std::vector<Tensor>& scores, const std::vector<int64_t>& keep, bool global_budget,
+           const Pattern& pattern, const std::vector<std::optional<Tensor>>& candidates) {
+  const size_t count = scores.size();
+  STD_TORCH_CHECK(keep.size() == (pattern.ratio.m ? 0
+                                  : global_budget ? 1
+                                                  : count),
+                  "topk_mask: keep must have one entry for a global budget, else one per tensor, and none for n:m");
+  STD_TORCH_CHECK(candidates.empty() || candidates.size() == count,
+                  "topk_mask: candidates must be empty or have one entry per tensor");
+  for (int64_t k : keep) STD_TORCH_CHECK(k >= 0, "topk_mask: keep is ", k, ", expected 0 or more");
+  for (size_t i = 0; i < count; ++i) {
+    const Tensor& s = scores[i];
+    STD_TORCH_CHECK(s.is_cpu(), "topk_mask: scores[", i, "] must be on the CPU like scores[0]");
+    STD_TORCH_CHECK(pattern.axis < 0 || s.dim() >= 2, "topk_mask: scores[", i, "] must have two dims or more");
+    if (candidates.empty() || !candidates[i]) continue;
+    const Tensor& c = *candidates[i];
+    STD_TORCH_CHECK(
+        c.is_cpu() && c.scalar_type() == ScalarType::Byte && c.is_contiguous() && c.numel() == (s.numel() + 7) / 8,
+        "topk_mask: candidates[", i, "] must be contiguous uint8 with one bit per weight");
   }
-  if (axis >= 0) {
-    Span(tensors.data(), weights).parallel([&](const TopkTensor& t, int64_t, int64_t begin, int64_t end) {
+}
+
+std::tuple<std::vector<Tensor>, Tensor> topk_mask_cpu(std::vector<Tensor> scores, std::vector<int64_t> keep,
+                                                      bool global_budget, std::string pattern, bool magnitude,
+                                                      std::vector<std::optional<Tensor>> candidates) {
+  const Pattern parsed = parse(pattern);
+  check(scores, keep, global_budget, parsed, candidates);
+  std::vector<Tensor> masks;
+  Scores all;
+  bool wide = false;
+  for (size_t i = 0; i < scores.size(); ++i) {
+    const std::vector<int64_t> size{(static_cast<int64_t>(scores[i].numel()) + 7) / 8};
+    masks.push_back(parsed.ratio.m ? torch::stable::new_zeros(scores[i], size, ScalarType::Byte)
+                                   : torch::stable::new_empty(scores[i], size, ScalarType::Byte));
+    add_scores(all, scores[i], masks[i], candidates.empty() ? std::nullopt : candidates[i], parsed, magnitude);
+    wide = wide || (!all.tensors[i].block && all.tensors[i].dtype == Dtype::kFloat64);
+  }
+  for (TopkTensor& t : all.tensors) t.wide = wide;
+  const bool block = parsed.axis >= 0 && parsed.ratio.m == 0;
+  if (block) add_group_bits(all);
+  const int64_t found = parsed.ratio.m ? select_ratio(all, parsed.ratio) : select(all, keep, global_budget);
+  if (block) {
+    TopkSpan(all.tensors.data(), all.weights).parallel([&](const TopkTensor& t, int64_t, int64_t begin, int64_t end) {
       kernels().topk_spread(t, begin, end);
     });
   }
-  return status;
+  Tensor status = torch::stable::new_empty(scores[0], {}, ScalarType::Int);
+  *status.mutable_data_ptr<int32_t>() = static_cast<int32_t>(found);
+  return {masks, status};
 }
 
 }  // namespace
 }  // namespace sparsekern
 
-STABLE_TORCH_LIBRARY_IMPL(sparsekern, CPU, m) { m.impl("_topk_mask_cpu", TORCH_BOX(&sparsekern::topk_mask_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(sparsekern, CPU, m) { m.impl("topk_mask", TORCH_BOX(&sparsekern::topk_mask_cpu)); }

@@ -20,14 +20,21 @@ This file is the specification of ``torch.ops.sparsekern.sparse_conv2d`` and of 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import SupportsIndex
 
 import torch
 from torch import Tensor
 
 from sparsekern import _library
-from sparsekern.ops.sparse_structure import SparseStructure, check_operands, mask_from_tensors
+from sparsekern.ops.sparse_structure import (
+    SparseStructure,
+    check_form,
+    check_operands,
+    check_tensors,
+    compiled_form,
+    mask_from_tensors,
+)
 
 SCHEMA = (
     "sparse_conv2d(Tensor input, Tensor weight, Tensor[] structure, str layout, Tensor? bias, int[] stride,"
@@ -143,8 +150,48 @@ def backward_fake(
     )
 
 
+def _dense(t: Tensor) -> Tensor:
+    """Contiguous in one of the two memory formats."""
+    return t if t.is_contiguous(memory_format=torch.channels_last) else t.contiguous()
+
+
+def _cpu(native: Callable[..., bool]) -> Callable[..., Tensor]:
+    """The CPU operator: compiled for float32, the reference for the rest and where nothing is compiled."""
+
+    def sparse_conv2d_cpu(
+        input: Tensor,
+        weight: Tensor,
+        structure: Sequence[Tensor],
+        layout: str,
+        bias: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+    ) -> Tensor:
+        if not compiled_form(input, weight, bias):
+            return reference(input, weight, structure, layout, bias, stride, padding, dilation, groups)
+        check_form(structure, layout, weight.shape, groups)
+        result = fake(input, weight, structure, layout, bias, stride, padding, dilation, groups)
+        added = None if bias is None else bias.contiguous()
+        good = native(
+            result, _dense(input), weight, structure, layout, added, stride, padding, dilation, groups
+        )  # fmt: skip
+        if not good:
+            check_tensors(structure, layout, weight.shape, groups)
+        return result
+
+    return sparse_conv2d_cpu
+
+
 _op = _library.define(SCHEMA, reference, fake)
 _backward_op = _library.define(BACKWARD_SCHEMA, backward_reference, backward_fake)
+_library.define_cpu(
+    "sparse_conv2d",
+    "_sparse_conv2d_cpu(Tensor(a!) result, Tensor input, Tensor weight, Tensor[] structure, str layout, Tensor? bias,"
+    " int[] stride, int[] padding, int[] dilation, int groups) -> bool",
+    _cpu,
+)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -173,7 +220,8 @@ torch.library.register_autograd("sparsekern::sparse_conv2d_backward", _refuse, l
 def _pair(name: str, value: object, least: int) -> list[int]:
     values = list(value) if isinstance(value, (list, tuple)) else [value, value]
     for v in values:
-        if isinstance(v, (bool, Tensor)) or not isinstance(v, SupportsIndex):
+        # A protocol takes microseconds to ask, which a small layer feels.
+        if type(v) is not int and (isinstance(v, (bool, Tensor)) or not isinstance(v, SupportsIndex)):
             raise TypeError(f"{name}={value!r}: expected an int or two ints")
     if len(values) != 2 or any(operator.index(v) < least for v in values):
         raise ValueError(f"{name}={value!r}: expected an int or two ints, {least} or more")

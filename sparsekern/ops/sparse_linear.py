@@ -16,13 +16,20 @@ This file is the specification of ``torch.ops.sparsekern.sparse_linear`` and of 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from sparsekern import _library
-from sparsekern.ops.sparse_structure import SparseStructure, check_operands, mask_from_tensors
+from sparsekern.ops.sparse_structure import (
+    SparseStructure,
+    check_form,
+    check_operands,
+    check_tensors,
+    compiled_form,
+    mask_from_tensors,
+)
 
 SCHEMA = "sparse_linear(Tensor input, Tensor weight, Tensor[] structure, str layout, Tensor? bias) -> Tensor"
 BACKWARD_SCHEMA = (
@@ -68,8 +75,33 @@ def backward_fake(
     return results[0], results[1], results[2]
 
 
+def _cpu(native: Callable[..., bool]) -> Callable[..., Tensor]:
+    """The CPU operator: compiled for float32, the reference for the rest and where nothing is compiled."""
+
+    def sparse_linear_cpu(
+        input: Tensor, weight: Tensor, structure: Sequence[Tensor], layout: str, bias: Tensor | None
+    ) -> Tensor:
+        if not compiled_form(input, weight, bias):
+            return reference(input, weight, structure, layout, bias)
+        check_form(structure, layout, weight.shape)
+        result = fake(input, weight, structure, layout, bias)
+        added = None if bias is None else bias.contiguous()
+        flat = input.reshape(-1, input.shape[-1])
+        if not native(result.reshape(-1, weight.shape[0]), flat, weight, structure, layout, added):
+            check_tensors(structure, layout, weight.shape)
+        return result
+
+    return sparse_linear_cpu
+
+
 _op = _library.define(SCHEMA, reference, fake)
 _backward_op = _library.define(BACKWARD_SCHEMA, backward_reference, backward_fake)
+_library.define_cpu(
+    "sparse_linear",
+    "_sparse_linear_cpu(Tensor(a!) result, Tensor input, Tensor weight, Tensor[] structure, str layout, Tensor? bias)"
+    " -> bool",
+    _cpu,
+)
 
 
 def _setup_context(ctx, inputs, output) -> None:

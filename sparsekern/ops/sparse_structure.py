@@ -23,7 +23,7 @@ is ``"unstructured"``, so a kernel never sees a short block or one that crosses 
 
 Row r holds the columns ``indices[pointers[r]:pointers[r + 1]]``, strictly ascending. ``pointers`` has rows + 1 entries,
 starts at 0, never falls and ends at the length of ``indices``. All of it is checked when the object is built, and again
-by the references, because the operators also accept bare tensors.
+by every operator before it follows an index, because the operators also accept bare tensors.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ from typing import SupportsIndex
 
 import torch
 from torch import Tensor
+
+from sparsekern import _library
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BLOCK_AXIS = {"4x1": 0, "1x4": 1}
@@ -73,8 +75,8 @@ def _grid(shape: Sequence[int], layout: str) -> list[int]:
     return [size // 4 if dim == _BLOCK_AXIS.get(layout) else size for dim, size in enumerate(shape)]
 
 
-def check_tensors(tensors: Sequence[Tensor], layout: str, shape: Sequence[int], groups: int = 1) -> None:
-    """Raise unless ``tensors`` are a structure of that layout for a weight of that shape; synchronises."""
+def check_form(tensors: Sequence[Tensor], layout: str, shape: Sequence[int], groups: int = 1) -> None:
+    """Raise unless ``tensors`` have the form of a structure of that layout; reads nothing of what they hold."""
     if layout not in _LAYOUTS:
         raise ValueError(f"layout={layout!r}: expected one of {', '.join(map(repr, _LAYOUTS))}")
     if _layout(layout, shape, groups) != layout:
@@ -93,11 +95,16 @@ def check_tensors(tensors: Sequence[Tensor], layout: str, shape: Sequence[int], 
             raise ValueError(f"structure[{i}] has shape {tuple(t.shape)}: expected a contiguous, dense, 1-d tensor")
         if t.device != tensors[0].device:
             raise ValueError(f"structure[{i}] is on {t.device}: expected {tensors[0].device}, like structure[0]")
+    rows = _grid(shape, layout)[0]
+    if tensors[0].numel() != rows + 1:
+        raise ValueError(f"structure[0] has {tensors[0].numel()} row pointers: expected {rows + 1}")
+
+
+def check_tensors(tensors: Sequence[Tensor], layout: str, shape: Sequence[int], groups: int = 1) -> None:
+    """Raise unless ``tensors`` are a structure of that layout for a weight of that shape; synchronises."""
+    check_form(tensors, layout, shape, groups)
     pointers, indices = tensors
-    rows, *rest = _grid(shape, layout)
-    columns = math.prod(rest)
-    if pointers.numel() != rows + 1:
-        raise ValueError(f"structure[0] has {pointers.numel()} row pointers: expected {rows + 1}")
+    columns = math.prod(_grid(shape, layout)[1:])
     first, last = int(pointers[0]), int(pointers[-1])
     if first != 0 or last != indices.numel():
         raise ValueError(f"structure[0] runs from {first} to {last}: expected 0 to {indices.numel()}, the indices")
@@ -214,3 +221,10 @@ def check_operands(input: Tensor, weight: Tensor, structure: SparseStructure, bi
         raise ValueError(f"structure is for a weight of shape {structure.shape}: expected {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias has shape {tuple(bias.shape)}: expected ({weight.shape[0]},), the output channels")
+
+
+def compiled_form(*operands: Tensor | None) -> bool:
+    """Whether the kernels take these operands: all on CPU, float32 and with elements."""
+    return _library.kernels_loaded and all(
+        t is None or (t.dtype == torch.float32 and t.device.type == "cpu" and t.numel() > 0) for t in operands
+    )

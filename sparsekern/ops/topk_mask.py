@@ -44,14 +44,13 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import SupportsIndex
 
 import torch
 from torch import Tensor
 
-from sparsekern import _library
-from sparsekern._library import define, define_cpu
+from sparsekern._library import define
 from sparsekern.ops.packing import pack_mask, storage_order, unpack_mask
 
 SCHEMA = (
@@ -198,40 +197,7 @@ def fake(
     return [s.new_empty(((s.numel() + 7) // 8,), dtype=torch.uint8) for s in scores], status
 
 
-def _cpu(native: Callable[..., int]) -> Callable[..., tuple[list[Tensor], Tensor]]:
-    """The CPU operator: compiled for what is common, the reference for the rest and where nothing is compiled."""
-
-    def topk_mask_cpu(
-        scores: Sequence[Tensor],
-        keep: Sequence[int],
-        global_budget: bool,
-        pattern: str,
-        magnitude: bool,
-        candidates: Sequence[Tensor | None],
-    ) -> tuple[list[Tensor], Tensor]:
-        name, n, _ = _parse_pattern(pattern)
-        compiled = (
-            _library.kernels_loaded
-            and not n
-            and all(c is None for c in candidates)
-            and all(s.is_contiguous() and s.dtype != torch.float64 and s.device.type == "cpu" for s in scores)
-        )
-        if not compiled:
-            return reference(scores, keep, global_budget, pattern, magnitude, candidates)
-        masks = [s.new_empty(((s.numel() + 7) // 8,), dtype=torch.uint8) for s in scores]
-        status = native(scores, masks, keep, global_budget, _BLOCK_AXIS.get(name, -1), magnitude)
-        return masks, torch.tensor(status, dtype=torch.int32)
-
-    return topk_mask_cpu
-
-
 _op = define(SCHEMA, reference, fake)
-define_cpu(
-    "topk_mask",
-    "_topk_mask_cpu(Tensor[] scores, Tensor(a!)[] masks, int[] keep, bool global_budget, int axis, bool magnitude)"
-    " -> int",
-    _cpu,
-)
 
 
 def _check_scores(scores: Sequence[Tensor], name: str) -> None:

@@ -2,7 +2,10 @@
 // Everything but the table is local to the object file, so no code compiled for one instruction set can win the link.
 #include "kernels.h"
 #include "masked_sgd.h"
+#include "sparse_pack.h"
+#include "sparse_rows.h"
 #include "topk_mask.h"
+#include "topk_n_of_m.h"
 
 namespace sparsekern {
 extern const Kernels SPARSEKERN_TABLE = {

@@ -6,14 +6,15 @@ namespace sparsekern {
 
 enum class Dtype : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
-// One parameter of masked_sgd_. `mask` is null for a dense parameter, `momentum` is null when mu is 0.
+// One parameter of masked_sgd_. `mask` is null for a dense parameter, `momentum` is null when mu is 0. `known_zero`:
+// pruned elements of both are zero already, so those that nothing live is near need not be touched.
 struct SgdTensor {
   void* param;
   const void* grad;
   void* momentum;
   const uint8_t* mask;
   Dtype dtype;
-  bool fresh;
+  bool fresh, known_zero;
 };
 
 // Already combined in double; each kernel rounds them once to its compute type.
@@ -22,21 +23,56 @@ struct SgdOptions {
   bool nesterov, maximize, keep_pruned_momentum, scaled;
 };
 
-// One score tensor of topk_mask, row-major: (outer, axis, inner) with blocks of four along `axis`, or single weights.
-// `chosen` has one bit per group, and is the mask itself for single weights.
+// One score tensor of topk_mask in storage order: (outer, axis, inner), cut along `axis` into blocks of four if
+// `block`, else single weights. `chosen` has one bit per group, and is the mask itself for single weights; `allowed`
+// has the candidates, one bit per group, or is null. `wide` asks for 64-bit keys, which order float64 values.
 struct TopkTensor {
   const void* score;
   uint8_t* mask;
   uint8_t* chosen;
+  const uint8_t* allowed;
   int64_t axis, inner;
   Dtype dtype;
-  bool block, magnitude;
+  bool block, magnitude, wide;
 };
 
 // The histogram of key bits [shift, shift + bits) among the keys whose higher bits are `prefix`.
 struct TopkLevel {
-  uint32_t prefix;
+  uint64_t prefix;
   int32_t shift, bits;
+};
+
+// `count` neighbours of one row of an image: element `image` on, and element `packed` of a packed row on.
+struct SparseRun {
+  int64_t image, packed, count;
+};
+
+// The rows of a sparse weight, ready for one packed layout. A block is `tall` outputs by `wide` input channels, 4 x 1,
+// 1 x 4 or 1 x 1; its values are neighbours, its first activation is `offsets[k]` floats after the tile's first, and
+// its channels are `channel` floats apart. `bias` may be null. `padded`: the tile has whole vectors.
+struct SparseRows {
+  const int32_t* pointers;
+  const int32_t* offsets;
+  const float* values;
+  const float* bias;
+  int64_t channel;
+  int32_t tall, wide;
+  bool padded;
+};
+
+// Lanes of a vector, and how many vectors of pixels one call of sparse_rows takes for blocks that are tall, and not.
+struct SparseLimits {
+  int64_t lanes, tall, flat;
+};
+
+// What a range holds: groups above the bounds asked for, groups within them, NaN.
+struct TopkFound {
+  int64_t above, within;
+  bool nan;
+};
+
+struct TopkRatio {
+  int64_t n, m;
 };
 
 struct Kernels {

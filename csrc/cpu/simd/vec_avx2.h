@@ -38,7 +38,39 @@ struct F32x8 {
     return {_mm256_and_ps(v, _mm256_castsi256_ps(on))};
   }
   F32x8 negate() const { return {_mm256_xor_ps(v, _mm256_set1_ps(-0.0f))}; }
+  static F32x8 splat(float x) { return {_mm256_set1_ps(x)}; }
+  // The first n lanes, 0 <= n <= 8; the others are 0, or not stored.
+  static F32x8 load(const float* p, int64_t n) { return {_mm256_maskload_ps(p, first(n))}; }
+  void store(float* p, int64_t n) const { _mm256_maskstore_ps(p, first(n), v); }
+  // p[0], p[2], ..., p[14]; p[15] is not read.
+  static F32x8 load_even(const float* p) {
+    const __m256 pairs = _mm256_shuffle_ps(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 7), 0xd8);
+    return {_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(pairs), 0xd8))};
+  }
+  static __m256i first(int64_t n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
 };
+inline F32x8 madd(F32x8 a, F32x8 b, F32x8 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline F32x8 operator+(F32x8 a, F32x8 b) { return {_mm256_add_ps(a.v, b.v)}; }
+
+inline void transpose(F32x8 (&m)[8]) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_ps(m[i].v, m[i + 1].v);
+    a[i + 1] = _mm256_unpackhi_ps(m[i].v, m[i + 1].v);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      b[i + 2 * j] = _mm256_shuffle_ps(a[i + j], a[i + j + 2], 0x44);
+      b[i + 2 * j + 1] = _mm256_shuffle_ps(a[i + j], a[i + j + 2], 0xee);
+    }
+  }
+  for (int j = 0; j < 4; ++j) {
+    m[j].v = _mm256_permute2f128_ps(b[j], b[j + 4], 0x20);
+    m[j + 4].v = _mm256_permute2f128_ps(b[j], b[j + 4], 0x31);
+  }
+}
 inline F32x8 operator*(F32x8 a, F32x8 b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline F32x8 operator/(F32x8 a, F32x8 b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline F32x8 fma(F32x8 a, F32x8 b, F32x8 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
@@ -71,11 +103,16 @@ struct WideOf<double> {
   using type = F64x4;
 };
 
-inline uint32_t at_least_bits(const uint32_t* keys, uint32_t least) {
-  const __m256i flip = _mm256_set1_epi32(INT32_MIN);
-  const __m256i key = _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(keys)), flip);
-  const __m256i bound = _mm256_xor_si256(_mm256_set1_epi32(static_cast<int>(least)), flip);
-  return ~static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(bound, key)))) & 0xffu;
+// One bit per key of 64, set where key >= least.
+inline uint64_t at_least_bits(const uint32_t* keys, uint32_t least) {
+  const __m256i bound = _mm256_set1_epi32(static_cast<int>(least));
+  uint64_t bits = 0;
+  for (int j = 0; j < 8; ++j) {
+    const __m256i key = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(keys + 8 * j));
+    const __m256i hit = _mm256_cmpeq_epi32(_mm256_max_epu32(key, bound), key);
+    bits |= static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(hit)))) << (8 * j);
+  }
+  return bits;
 }
 
 }  // namespace

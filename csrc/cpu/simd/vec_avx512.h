@@ -1,4 +1,4 @@
-// AVX-512 F, BW, DQ, VL.
+// AVX-512 F, BW, DQ, VL. The maskz forms spare gcc 12 a false warning: its plain ones start from an undefined value.
 #pragma once
 #define SPARSEKERN_WIDE 1
 #include <immintrin.h>
@@ -13,26 +13,64 @@ struct F32x16 {
   static F32x16 set(double x) { return {_mm512_set1_ps(static_cast<float>(x))}; }
   static F32x16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
   static F32x16 load(const BFloat16* p) {
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
+    const __m512i wide = _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return {_mm512_castsi512_ps(_mm512_maskz_slli_epi32(0xffff, wide, 16))};
   }
   static F32x16 load(const Float16* p) {
-    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+    return {_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
   }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store(BFloat16* p) const {
     const __m512i bits = _mm512_castps_si512(v);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i odd = _mm512_and_si512(_mm512_maskz_srli_epi32(0xffff, bits, 16), _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     const __m512i quiet = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(quiet, 16)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_maskz_cvtepi32_epi16(0xffff, _mm512_maskz_srli_epi32(0xffff, quiet, 16)));
   }
   void store(Float16* p) const {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT));
   }
   F32x16 keep(uint32_t bits) const { return {_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), v)}; }
   F32x16 negate() const { return {_mm512_xor_ps(v, _mm512_set1_ps(-0.0f))}; }
+  static F32x16 splat(float x) { return {_mm512_set1_ps(x)}; }
+  // The first n lanes, 0 <= n <= 16; the others are 0, or not stored.
+  static F32x16 load(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
+  void store(float* p, int64_t n) const { _mm512_mask_storeu_ps(p, first(n), v); }
+  // p[0], p[2], ..., p[30]; p[31] is not read.
+  static F32x16 load_even(const float* p) {
+    const __m512i pick = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 17, 19, 21, 23, 25, 27, 29, 31);
+    return {_mm512_permutex2var_ps(_mm512_loadu_ps(p), pick, _mm512_loadu_ps(p + 15))};
+  }
+  static __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
 };
+inline F32x16 madd(F32x16 a, F32x16 b, F32x16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline F32x16 operator+(F32x16 a, F32x16 b) { return {_mm512_add_ps(a.v, b.v)}; }
+
+inline void transpose(F32x16 (&m)[16]) {
+  __m512 a[16], b[16];
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_ps(m[i].v, m[i + 1].v);
+    a[i + 1] = _mm512_unpackhi_ps(m[i].v, m[i + 1].v);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      const __m512d low = _mm512_castps_pd(a[i + j]), high = _mm512_castps_pd(a[i + j + 2]);
+      b[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      b[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+  }
+  // b[4 * i + j] holds column 4 * q + j of rows 4 * i to 4 * i + 3 in its quarter q.
+  for (int j = 0; j < 4; ++j) {
+    const __m512 p = _mm512_shuffle_f32x4(b[j], b[j + 4], 0x44), q = _mm512_shuffle_f32x4(b[j + 8], b[j + 12], 0x44);
+    const __m512 r = _mm512_shuffle_f32x4(b[j], b[j + 4], 0xee), s = _mm512_shuffle_f32x4(b[j + 8], b[j + 12], 0xee);
+    m[j].v = _mm512_shuffle_f32x4(p, q, 0x88);
+    m[j + 4].v = _mm512_shuffle_f32x4(p, q, 0xdd);
+    m[j + 8].v = _mm512_shuffle_f32x4(r, s, 0x88);
+    m[j + 12].v = _mm512_shuffle_f32x4(r, s, 0xdd);
+  }
+}
 inline F32x16 operator*(F32x16 a, F32x16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline F32x16 operator/(F32x16 a, F32x16 b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
@@ -61,9 +99,14 @@ struct WideOf<double> {
   using type = F64x8;
 };
 
-inline uint32_t at_least_bits(const uint32_t* keys, uint32_t least) {
-  const __m256i key = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(keys));
-  return _mm256_cmpge_epu32_mask(key, _mm256_set1_epi32(static_cast<int>(least)));
+// One bit per key of 64, set where key >= least.
+inline uint64_t at_least_bits(const uint32_t* keys, uint32_t least) {
+  const __m512i bound = _mm512_set1_epi32(static_cast<int>(least));
+  uint64_t bits = 0;
+  for (int j = 0; j < 4; ++j) {
+    bits |= static_cast<uint64_t>(_mm512_cmpge_epu32_mask(_mm512_loadu_si512(keys + 16 * j), bound)) << (16 * j);
+  }
+  return bits;
 }
 
 }  // namespace

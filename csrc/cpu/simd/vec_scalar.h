@@ -75,6 +75,13 @@ struct Lane {
   // Lanes whose bit is 0 become +0; `bits` holds one bit per lane from bit 0 on.
   Lane keep(uint32_t bits) const { return {bits & 1u ? value : T(0)}; }
   Lane negate() const { return {-value}; }
+  static Lane splat(T x) { return {x}; }
+  // The first n lanes, 0 <= n <= 1; the other is 0, or not stored.
+  static Lane load(const T* p, int64_t n) { return {n ? *p : T(0)}; }
+  void store(T* p, int64_t n) const {
+    if (n) *p = value;
+  }
+  static Lane load_even(const T* p) { return {*p}; }
 };
 template <class T>
 inline Lane<T> operator*(Lane<T> a, Lane<T> b) {
@@ -88,6 +95,18 @@ template <class T>
 inline Lane<T> fma(Lane<T> a, Lane<T> b, Lane<T> c) {
   return {fused(a.value, b.value, c.value)};
 }
+// a * b + c for sums whose rounding is free: not fused here, where that may be a call into the mathematics library.
+template <class T>
+inline Lane<T> madd(Lane<T> a, Lane<T> b, Lane<T> c) {
+  return {a.value * b.value + c.value};
+}
+template <class T>
+inline Lane<T> operator+(Lane<T> a, Lane<T> b) {
+  return {a.value + b.value};
+}
+// Of a kLanes by kLanes matrix, in registers.
+template <class T>
+inline void transpose(Lane<T> (&)[1]) {}
 
 #ifndef SPARSEKERN_WIDE
 template <class T>
@@ -95,12 +114,19 @@ struct WideOf {
   using type = Lane<T>;
 };
 
-// One bit per key of eight, set where key >= least.
-inline uint32_t at_least_bits(const uint32_t* keys, uint32_t least) {
-  uint32_t bits = 0;
-  for (int j = 0; j < 8; ++j) bits |= static_cast<uint32_t>(keys[j] >= least) << j;
+// One bit per key of 64, set where key >= least.
+inline uint64_t at_least_bits(const uint32_t* keys, uint32_t least) {
+  uint64_t bits = 0;
+  for (int j = 0; j < 64; ++j) bits |= static_cast<uint64_t>(keys[j] >= least) << j;
   return bits;
 }
 #endif
+
+// Keys of float64 scores, on every instruction set.
+inline uint64_t at_least_bits(const uint64_t* keys, uint64_t least) {
+  uint64_t bits = 0;
+  for (int j = 0; j < 64; ++j) bits |= static_cast<uint64_t>(keys[j] >= least) << j;
+  return bits;
+}
 
 }  // namespace

@@ -1,0 +1,200 @@
+"""Sparse convolutions of ResNet-50, forward and both gradients, against the best dense convolution.
+
+    python -m benchmarks.bench_sparse_conv2d [--quick] [--threads N] [--batch N] [--passes P,P] [--compile]
+
+Candidate: `sk.ops.sparse_conv2d` in float32 with a weight and a structure of random groups; gradients through autograd,
+one at a time. Baseline: the fastest of torch's dense convolution with contiguous and with channels_last operands and,
+with `--compile`, of both through torch.compile (forward only); gradients through autograd too. Losing rows stay in.
+
+Each result must equal the dense convolution with the masked weight to the rounding of a float32 sum, and the gradient
+of weight must be exactly zero off the mask.
+
+`efficiency` = speedup x density. Case `resnet50/all` (without `--quick`) is the sum over the 52 convolutions behind the
+stem, layers of equal shape measured once; its pass "both" is the sum of the three passes. Its IQR is the sum of theirs.
+`--quick`: eight layers; gradients of as many as its time allows. Without it, MobileNetV1's pointwise layers run too.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import sparsekern as sk
+from benchmarks import harness
+from benchmarks.bench_masked_sgd import random_mask
+from benchmarks.networks import Conv, mobilenet_v1_pointwise, resnet50_convs
+
+PASSES = ("forward", "input_grad", "weight_grad")
+PATTERNS = ("unstructured", "4x1", "1x4")
+SPARSITIES = (0.9, 0.95, 0.98)
+QUICK = ("layer1.0.conv2", "layer1.0.conv3", "layer2.0.downsample.0", "layer2.1.conv2", "layer3.1.conv1",
+         "layer3.1.conv2", "layer4.1.conv1", "layer4.1.conv2")  # fmt: skip
+SMOKE = [Conv("resnet50/layer0.conv", 8, 16, 3, 2, 9)]
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+@dataclass
+class Layer:
+    """One layer's operands."""
+
+    conv: Conv
+    input: Tensor
+    weight: Tensor
+    grad: Tensor
+
+    @classmethod
+    def make(cls, conv: Conv, batch: int) -> "Layer":
+        size = conv.output_size
+        return cls(
+            conv,
+            torch.randn(batch, conv.inputs, conv.size, conv.size),
+            torch.randn(conv.weight_shape),
+            torch.randn(batch, conv.outputs, size, size),
+        )
+
+
+Forward = Callable[[Tensor, Tensor], Tensor]
+
+
+def contender(forward: Forward, layer: Layer, pass_: str, layout: str = "contiguous") -> Callable[[], Tensor]:
+    """A call of one pass of ``forward(input, weight)``; what it does not need is prepared outside."""
+    input, weight, grad = (
+        t.detach().clone(memory_format=FORMATS[layout]) for t in (layer.input, layer.weight, layer.grad)
+    )
+    if pass_ == "forward":
+
+        def run_forward() -> Tensor:
+            with torch.no_grad():
+                return forward(input, weight)
+
+        return run_forward
+    target = (input if pass_ == "input_grad" else weight).requires_grad_()
+    output = forward(input, weight)
+    return lambda: torch.autograd.grad(output, target, grad, retain_graph=True)[0]
+
+
+def dense(layer: Layer) -> Forward:
+    conv = layer.conv
+    return lambda x, w: torch.nn.functional.conv2d(x, w, None, conv.stride, conv.padding)
+
+
+def sparse(layer: Layer, structure: sk.ops.SparseStructure) -> Forward:
+    conv = layer.conv
+    return lambda x, w: sk.ops.sparse_conv2d(x, w, structure, None, conv.stride, conv.padding)
+
+
+def baselines(layer: Layer, pass_: str, compiled: bool) -> dict[str, Callable[[], Tensor]]:
+    found = {f"torch {layout}": contender(dense(layer), layer, pass_, layout) for layout in FORMATS}
+    if compiled and pass_ == "forward":
+        torch.compiler.reset()
+        for layout in FORMATS:
+            found[f"torch.compile {layout}"] = contender(torch.compile(dense(layer)), layer, pass_, layout)
+    return found
+
+
+def check(layer: Layer, pass_: str, mask: Tensor, found: Tensor) -> None:
+    """AssertionError unless `found` is the dense result with the masked weight."""
+    masked = Layer(layer.conv, layer.input, torch.where(mask, layer.weight, 0), layer.grad)
+    want = contender(dense(layer), masked, pass_)()
+    if pass_ == "weight_grad":
+        want = torch.where(mask, want, 0)
+        assert not found[~mask].any(), "the gradient of weight is not zero off the mask"
+    # Scaled by the largest result: single results may cancel, while a missing product of a sum shows.
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5 * float(want.abs().amax()))
+
+
+def layer_rows(layer: Layer, pass_: str, role: str, compiled: bool) -> Iterator[dict]:
+    """All patterns and sparsities of one pass of one layer, in one interleaved run."""
+    masks, candidates = {}, {}
+    for pattern in PATTERNS:
+        for sparsity in SPARSITIES:
+            mask = random_mask(layer.conv.weight_shape, sparsity, pattern)
+            masks[pattern, sparsity] = mask
+            forward = sparse(layer, sk.ops.sparse_structure(mask, pattern))
+            candidates[pattern, sparsity] = contender(forward, layer, pass_)
+
+    def check_all():
+        for key, run in candidates.items():
+            check(layer, pass_, masks[key], run())
+
+    others = baselines(layer, pass_, compiled)
+    timings = harness.measure(f"{layer.conv.name} {pass_}", check_all, {**candidates, **others})
+    best = harness.fastest(timings, list(others))
+    for (pattern, sparsity), run in candidates.items():
+        mask = masks[pattern, sparsity]
+        yield harness.make_row(
+            timings[pattern, sparsity], best, timings[best], bench="sparse_conv2d", case=layer.conv.name, role=role,
+            backend=harness.backend_of(run), pass_=pass_, pattern=pattern, sparsity=sparsity, dtype="float32",
+            layout="contiguous", batch=len(layer.input), density=int(mask.sum()) / mask.numel(),
+        )  # fmt: skip
+
+
+def total(rows: list[dict], counts: dict[str, int], pass_: str) -> dict:
+    """One row that sums rows of one pattern and sparsity, each as often as its layer occurs."""
+
+    def sum_of(key: str) -> float:
+        return sum(row[key] * counts[row["case"]] for row in rows)
+
+    first = rows[0]
+    backends = {row["backend"] for row in rows}
+    fields = {key: first[key] for key in ("bench", "role", "pattern", "sparsity", "dtype", "layout", "batch")}
+    return harness.make_row(
+        harness.Timing(sum_of("median_ms"), sum_of("iqr_ms")), "torch, best per layer",
+        harness.Timing(sum_of("baseline_ms"), 0.0), case="resnet50/all", pass_=pass_,
+        backend="native" if backends == {"native"} else "reference", density=1 - first["sparsity"], **fields,
+    )  # fmt: skip
+
+
+def totals(rows: list[dict], counts: dict[str, int], passes: list[str]) -> Iterator[dict]:
+    """The sums over ResNet-50 for each pattern and sparsity: each pass, then all three."""
+    for pattern in PATTERNS:
+        for sparsity in SPARSITIES:
+            chosen = [r for r in rows if (r["pattern"], r["sparsity"]) == (pattern, sparsity) and r["case"] in counts]
+            for pass_ in passes:
+                yield total([r for r in chosen if r["pass"] == pass_], counts, pass_)
+            if set(passes) == set(PASSES):
+                yield total(chosen, counts, "both")
+
+
+def collect(options: argparse.Namespace) -> Iterator[dict]:
+    """Rows of each layer, then the sums."""
+    passes = [p for p in PASSES if p in options.passes.split(",")]
+    if not passes or len(passes) != len(options.passes.split(",")):
+        raise SystemExit(f"--passes must be of {','.join(PASSES)}, got {options.passes!r}")
+    followers = resnet50_convs()[1:]
+    counts: dict[str, int] = {}
+    if options.smoke:
+        convs = SMOKE
+    elif options.quick:
+        convs = [c for c in followers if c.name.removeprefix("resnet50/") in QUICK]
+    else:
+        distinct = {c.shape_key: c for c in reversed(followers)}
+        convs = [c for c in followers if distinct[c.shape_key] is c]
+        counts = {c.name: sum(c.shape_key == other.shape_key for other in followers) for c in convs}
+        convs = [*convs, *mobilenet_v1_pointwise()]
+    rows = []
+    jobs = [(pass_, conv) for pass_ in passes for conv in convs]
+    for i, (pass_, conv) in enumerate(jobs):
+        if harness.left_out(options, ", ".join(f"{c.name} {p}" for p, c in jobs[i:])):
+            break
+        # What a goal speaks of: forward at any batch, gradients at batch 16, ResNet-50 only.
+        goal = conv.name.startswith("resnet50/") and (pass_ == "forward" or options.batch == 16)
+        for row in layer_rows(Layer.make(conv, options.batch), pass_, "goal" if goal else "info", options.compile):
+            rows.append(row)
+            yield row
+    if counts:
+        yield from totals(rows, counts, passes)
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    parser = harness.parser(__doc__)
+    parser.add_argument("--batch", type=int, default=1, help="images (default: %(default)s)")
+    parser.add_argument("--passes", default=",".join(PASSES), help="some of %(default)s")
+    parser.add_argument("--compile", action="store_true", help="torch.compile among the baselines; slow to start")
+    return harness.run("sparse_conv2d", collect, parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""python -m benchmarks.table: writes the speed section of README.md from the last recorded run of each benchmark.
+
+Nothing is left out: the convolutions, too many for one table, are given as the median over layers with the slowest and
+the fastest of them and the number of layers that lose against dense.
+"""
+
+import csv
+import statistics
+from pathlib import Path
+
+from benchmarks.harness import RESULTS, is_noisy
+
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- speed: written by python -m benchmarks.table -->", "<!-- end of speed -->"
+NOTHING = (
+    "`make bench` prints the table for your machine. No figure is quoted here until it is recorded with its machine."
+)
+RUN = ("date", "commit", "command", "cpu")
+TITLES = {
+    "masked_sgd": "One optimizer step of ResNet-50, all 25.6M parameters, momentum and weight decay",
+    "topk_mask": "Exact top-k masks of ResNet-50's 25.5M prunable weights (x floor: reading them once)",
+    "sparse_conv2d": "Convolutions of ResNet-50, float32, against torch's best dense one: median speedup (range)",
+}
+
+
+def last_run(bench: str, folder: Path = RESULTS) -> list[dict[str, str]]:
+    """The rows that were recorded together last; none if nothing was."""
+    path = folder / f"{bench}.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [row for row in rows if all(row[key] == rows[-1][key] for key in RUN)]
+
+
+def _noise(row: dict[str, str]) -> str:
+    return " noisy" if is_noisy({key: float(row[key]) for key in ("median_ms", "iqr_ms")}) else ""
+
+
+def _lines(rows: list[dict[str, str]]) -> list[str]:
+    """One line per row."""
+    lines = ["| case | pattern | sparsity | ms | x floor | against | ms | speedup |", "|" + " --- |" * 8]
+    for row in rows:
+        floors = float(row["median_ms"]) / float(row["floor_ms"])
+        cells = (
+            row["case"], row["pattern"], row["sparsity"], f"{float(row['median_ms']):.1f}{_noise(row)}",
+            f"{floors:.1f}", row["baseline"], f"{float(row['baseline_ms']):.1f}", f"{float(row['speedup']):.2f}x",
+        )  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _summary(rows: list[dict[str, str]]) -> list[str]:
+    """One line per pass and pattern, a column per sparsity."""
+    sparsities = sorted({row["sparsity"] for row in rows}, key=float)
+    lines = ["| pass | pattern | " + " | ".join(sparsities) + " |", "|" + " --- |" * (2 + len(sparsities))]
+    for pass_, pattern in dict.fromkeys((row["pass"], row["pattern"]) for row in rows):
+        cells = []
+        for sparsity in sparsities:
+            chosen = [r for r in rows if (r["pass"], r["pattern"], r["sparsity"]) == (pass_, pattern, sparsity)]
+            # Sums over the network stand for themselves; layers are what is summarised.
+            speedups = [float(r["speedup"]) for r in chosen if not r["case"].endswith("/all")]
+            whole = [f"; whole network {float(r['speedup']):.2f}x" for r in chosen if r["case"].endswith("/all")]
+            if speedups:
+                slower = sum(speedup < 1 for speedup in speedups)
+                text = f"{statistics.median(speedups):.2f}x ({min(speedups):.2f} to {max(speedups):.2f}"
+                cells.append(f"{text}; {slower} of {len(speedups)} slower){''.join(whole)}")
+            else:
+                cells.append("".join(whole).removeprefix("; "))
+        lines.append(f"| {pass_} | {pattern} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def render(folder: Path = RESULTS) -> str:
+    """The speed section."""
+    parts = []
+    for bench, title in TITLES.items():
+        rows = last_run(bench, folder)
+        if not rows:
+            continue
+        run = rows[0]
+        threads, batch = run["threads"], f", batch {run['batch']}" if run["batch"] else ""
+        noisy = sum(bool(_noise(row)) for row in rows)
+        reference = sum(row["backend"] == "reference" for row in rows)
+        remarks = [
+            f"`{run['command']}` at commit {run['commit']}, {run['date']}",
+            f"{run['cpu']}, {run['isa']}, {threads} threads{batch}, torch {run['torch']}",
+            f"load {run['load_before']} before and {run['load_after']} after",
+            f"{noisy} of {len(rows)} rows noisy (interquartile range over 20% of the median)",
+            *([f"{reference} of {len(rows)} rows run the plain PyTorch reference"] if reference else []),
+        ]
+        table = _summary(rows) if bench == "sparse_conv2d" else _lines(rows)
+        parts.append("\n".join([f"**{title}**", "", *table, "", "; ".join(remarks) + "."]))
+    return "\n\n".join([NOTHING] if not parts else ["`make bench` prints these tables for your machine.", *parts])
+
+
+def main() -> None:
+    text = README.read_text()
+    head, rest = text.split(BEGIN)
+    README.write_text(f"{head}{BEGIN}\n{render()}\n{END}{rest.split(END)[1]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+// Between images and packed tiles: one row of `width` floats, a multiple of the lanes, per channel.
+#pragma once
+#include "kernels.h"
+#include "vec_scalar.h"
+
+namespace {
+
+using sparsekern::SparseRun;
+
+using PackVec = WideOf<float>::type;
+
+inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline PackVec load_stepped(const float* p, int64_t step, int64_t n) {
+  if (step == 1) return PackVec::load(p, n);
+  float lanes[PackVec::kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = p[i * step];
+  return PackVec::load(lanes);
+}
+
+// The runs ascend; what lies between them becomes 0.
+void sparse_pack(const float* image, int64_t channel, int64_t step, const SparseRun* runs, int64_t count,
+                 int64_t channels, float* packed, int64_t width) {
+  constexpr int64_t kLanes = PackVec::kLanes;
+  const PackVec zero = PackVec::splat(0.0f);
+  for (int64_t c = 0; c < channels; ++c, image += channel, packed += width) {
+    int64_t written = 0;
+    for (int64_t r = 0; r < count; ++r) {
+      for (; written < runs[r].packed; written += kLanes) zero.store(packed + written, lesser(kLanes, width - written));
+      const float* const from = image + runs[r].image;
+      // Each store fills a whole vector: its zeros are the gap, or make room for the next run.
+      int64_t i = 0;
+      if (step == 1) {
+        for (; i + kLanes <= runs[r].count; i += kLanes) PackVec::load(from + i).store(packed + runs[r].packed + i);
+      } else if (step == 2) {
+        for (; i + kLanes <= runs[r].count; i += kLanes) {
+          PackVec::load_even(from + 2 * i).store(packed + runs[r].packed + i);
+        }
+      }
+      written = runs[r].packed + i;
+      for (; i < runs[r].count; i += kLanes) {
+        const PackVec v = load_stepped(from + i * step, step, lesser(kLanes, runs[r].count - i));
+        if (written + kLanes <= width) {
+          v.store(packed + written);
+        } else {
+          v.store(packed + written, width - written);
+        }
+        written += kLanes;
+      }
+    }
+    for (; written < width; written += kLanes) zero.store(packed + written, lesser(kLanes, width - written));
+  }
+}
+
+// `pixels` points at the channels of each of `count` pixels, a multiple of the lanes; null is a pixel of zeros.
+void sparse_pack_last(const float* const* pixels, int64_t count, int64_t channels, float* packed, int64_t width) {
+  constexpr int kLanes = PackVec::kLanes;
+  for (int64_t p = 0; p < count; p += kLanes) {
+    for (int64_t c = 0; c < channels; c += kLanes) {
+      const int64_t n = lesser(kLanes, channels - c);
+      PackVec block[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        block[i] = pixels[p + i] ? PackVec::load(pixels[p + i] + c, n) : PackVec::splat(0.0f);
+      }
+      transpose(block);
+      for (int i = 0; i < n; ++i) block[i].store(packed + (c + i) * width + p);
+    }
+  }
+}
+
+void sparse_unpack(const float* packed, int64_t width, const SparseRun* runs, int64_t count, int64_t channels,
+                   float* image, int64_t channel, int64_t step) {
+  constexpr int64_t kLanes = PackVec::kLanes;
+  for (int64_t c = 0; c < channels; ++c, image += channel, packed += width) {
+    for (int64_t r = 0; r < count; ++r) {
+      const float* const from = packed + runs[r].packed;
+      float* const to = image + runs[r].image;
+      if (step != 1) {
+        for (int64_t i = 0; i < runs[r].count; ++i) to[i * step] = from[i];
+        continue;
+      }
+      int64_t i = 0;
+      for (; i + kLanes <= runs[r].count; i += kLanes) PackVec::load(from + i).store(to + i);
+      if (i < runs[r].count) PackVec::load(from + i, runs[r].count - i).store(to + i, runs[r].count - i);
+    }
+  }
+}
+
+// The inverse of sparse_pack_last; a pixel that is null is dropped.
+void sparse_unpack_last(const float* packed, int64_t width, float* const* pixels, int64_t count, int64_t channels) {
+  constexpr int kLanes = PackVec::kLanes;
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    const int64_t n = lesser(kLanes, channels - c);
+    for (int64_t p = 0; p < count; p += kLanes) {
+      PackVec block[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        block[i] = i < n ? PackVec::load(packed + (c + i) * width + p) : PackVec::splat(0.0f);
+      }
+      transpose(block);
+      for (int i = 0; i < kLanes; ++i) {
+        if (pixels[p + i]) block[i].store(pixels[p + i] + c, n);
+      }
+    }
+  }
+}
+
+}  // namespace

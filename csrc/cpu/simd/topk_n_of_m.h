@@ -1,0 +1,88 @@
+// The n best of every m weights along an axis. A tile holds the keys of 64 groups, one group a column.
+#pragma once
+#include "topk_bits.h"
+#include "topk_keys.h"
+
+namespace {
+
+using sparsekern::TopkRatio;
+
+constexpr int64_t kTile = 64;
+
+// Choice in row `j` of a tile: fewer than `n` others of the column rank before it, and it is a candidate.
+template <class Key>
+inline uint64_t tile_row(const Key* tile, int64_t rows, int64_t j, int64_t n) {
+  const Key* const own = tile + j * kTile;
+  uint32_t before[kTile] = {};
+  for (int64_t i = 0; i < j; ++i) {
+    for (int64_t c = 0; c < kTile; ++c) before[c] += tile[i * kTile + c] >= own[c];
+  }
+  for (int64_t i = j + 1; i < rows; ++i) {
+    for (int64_t c = 0; c < kTile; ++c) before[c] += tile[i * kTile + c] > own[c];
+  }
+  for (int64_t c = 0; c < kTile; ++c) before[c] = static_cast<uint32_t>((before[c] < n) & (own[c] != 0));
+  return at_least_bits(before, uint32_t{1});
+}
+
+// `columns` <= 64 groups that are neighbours in memory, their weights `inner` apart.
+template <class Key>
+inline bool apart(const TopkTensor& t, int64_t at, int64_t rows, int64_t columns, int64_t n, Key* tile) {
+  bool nan = false;
+  for (int64_t j = 0; j < rows; ++j) {
+    const int64_t from = at + j * t.inner;
+    nan |= topk_keys(t, from, from + columns, tile + j * kTile);
+    for (int64_t c = columns; c < kTile; ++c) tile[j * kTile + c] = 0;
+  }
+  for (int64_t j = 0; j < rows; ++j) or_bits(t.mask, at + j * t.inner, tile_row(tile, rows, j, n), columns);
+  return nan;
+}
+
+// Groups one after the other, their weights neighbours in memory; at most kKeyBuffer weights.
+template <class Key>
+inline bool together(const TopkTensor& t, int64_t at, int64_t rows, int64_t columns, int64_t n, Key* tile) {
+  Key keys[kKeyBuffer];
+  const bool nan = topk_keys(t, at, at + rows * columns, keys);
+  for (int64_t j = 0; j < rows; ++j) {
+    for (int64_t c = 0; c < columns; ++c) tile[j * kTile + c] = keys[c * rows + j];
+    for (int64_t c = columns; c < kTile; ++c) tile[j * kTile + c] = 0;
+  }
+  for (int64_t j = 0; j < rows; ++j) {
+    for (uint64_t bits = tile_row(tile, rows, j, n); bits; bits &= bits - 1) {
+      const int64_t place = at + __builtin_ctzll(bits) * rows + j;
+      t.mask[place >> 3] |= static_cast<uint8_t>(1u << (place & 7));
+    }
+  }
+  return nan;
+}
+
+template <class Key>
+inline bool n_of_m(const TopkTensor& t, const TopkRatio& ratio, int64_t begin, int64_t end, Key* tile) {
+  bool nan = false;
+  for (int64_t outer = begin; outer < end; ++outer) {
+    const int64_t slice = outer * t.axis * t.inner;
+    for (int64_t channel = 0; channel < t.axis;) {
+      const int64_t left = t.axis - channel, rows = left < ratio.m ? left : ratio.m;
+      int64_t columns = 1;
+      if (t.inner == 1 && rows <= kKeyBuffer / 2) {
+        columns = left / rows < kKeyBuffer / rows ? left / rows : kKeyBuffer / rows;
+        columns = columns < kTile ? columns : kTile;
+        nan |= together(t, slice + channel, rows, columns, ratio.n, tile);
+      } else {
+        for (int64_t c = 0; c < t.inner; c += kTile) {
+          const int64_t wide = t.inner - c < kTile ? t.inner - c : kTile;
+          nan |= apart(t, slice + channel * t.inner + c, rows, wide, ratio.n, tile);
+        }
+      }
+      channel += columns * rows;
+    }
+  }
+  return nan;
+}
+
+// Sets the chosen bits of outer slices [begin, end) in a zeroed mask. `tile` has room for 64 * min(m, axis) keys.
+void topk_n_of_m(const TopkTensor& t, const TopkRatio& ratio, int64_t begin, int64_t end, void* tile, bool* nan) {
+  *nan |= t.wide ? n_of_m(t, ratio, begin, end, static_cast<uint64_t*>(tile))
+                 : n_of_m(t, ratio, begin, end, static_cast<uint32_t*>(tile));
+}
+
+}  // namespace

@@ -1,0 +1,168 @@
+// Selection for topk_mask on CPU in one pass over the scores. A sample brackets the threshold; the pass writes the bits
+// of all that lies above the bracket and collects what lies inside, a few per cent, where the rest is settled.
+#include <atomic>
+#include <bit>
+#include <cmath>
+#include <functional>
+#include <iterator>
+#include <mutex>
+
+#include "dispatch.h"
+#include "topk_select.h"
+
+namespace sparsekern {
+namespace {
+
+constexpr int64_t kSamples = int64_t{1} << 15;
+// Below this many groups the passes of the radix selection stay in cache, and the sample would not pay.
+constexpr int64_t kSampleFrom = 16 * kSamples;
+// Collected groups take 6 bytes each: at most a sixteenth of the size of float32 scores.
+constexpr int64_t kCollectedShare = 24;
+
+struct Bracket {
+  uint32_t lo, hi;
+};
+
+// Keys between which the threshold lies but for one case in a million; none if too much would lie there with it.
+std::optional<Bracket> sample_bracket(const TopkSpan& span, int64_t keep, int64_t total) {
+  std::vector<int64_t> first{0};
+  for (int64_t size : span.sizes) first.push_back(first.back() + size);
+  std::vector<uint32_t> keys(kSamples);
+  torch::stable::parallel_for(0, kSamples, 1024, [&](int64_t from, int64_t to) {
+    // One group of each of kSamples equal stretches, at a place that no period of the scores can follow.
+    const double stretch = static_cast<double>(total) / kSamples;
+    size_t tensor = 0;
+    for (int64_t i = from; i < to; ++i) {
+      uint64_t noise = static_cast<uint64_t>(i + 1) * 0x9e3779b97f4a7c15u;
+      noise = (noise ^ noise >> 31) * 0xbf58476d1ce4e5b9u;
+      const double place = static_cast<double>(noise >> 40) * 0x1p-24;
+      const int64_t at = std::min(static_cast<int64_t>((static_cast<double>(i) + place) * stretch), total - 1);
+      while (at >= first[tensor + 1]) ++tensor;
+      const int64_t group = at - first[tensor];
+      kernels().topk_gather(span.tensors[tensor], &group, 1, &keys[i]);
+    }
+  });
+  const double share = static_cast<double>(keep) / static_cast<double>(total);
+  const double margin = 5 * std::sqrt(share * (1 - share) * kSamples) + 2;
+  const int64_t best = static_cast<int64_t>(share * kSamples - margin);
+  const int64_t worst = static_cast<int64_t>(share * kSamples + margin);
+  const auto nth = [&](int64_t n) {
+    std::nth_element(keys.begin(), keys.begin() + n, keys.end(), std::greater<>());
+    return keys[n];
+  };
+  const Bracket bracket{worst < kSamples ? std::max(nth(worst), 1u) : 1u, best > 0 ? nth(best) : 0xfffffffeu};
+  const int64_t within =
+      std::count_if(keys.begin(), keys.end(), [&](uint32_t key) { return key >= bracket.lo && key <= bracket.hi; });
+  if (within > kSamples / kCollectedShare) return std::nullopt;
+  return bracket;
+}
+
+// What one thread collected from tasks [from, to).
+struct Piece {
+  int64_t from, to;
+  std::vector<uint32_t> keys;
+  std::vector<uint16_t> places;
+};
+
+struct Scan {
+  std::vector<Piece> pieces;
+  std::vector<int64_t> within;  // by task
+  std::atomic<int64_t> above{0}, collected{0};
+  std::atomic<bool> nan{false};
+};
+
+void scan(const TopkSpan& span, const Bracket& bracket, int64_t room, Scan& result) {
+  result.within.assign(span.tasks(), 0);
+  std::mutex merging;
+  const auto kernel = kernels().topk_scan;
+  torch::stable::parallel_for(0, span.tasks(), 1, [&](int64_t from, int64_t to) {
+    Piece piece{from, to, {}, {}};
+    std::vector<uint32_t> keys(kTopkGrain);
+    std::vector<uint16_t> places(kTopkGrain);
+    span.each(from, to, [&](const TopkTensor& t, int64_t task, int64_t begin, int64_t end) {
+      if (result.collected > room) return;
+      TopkFound found;
+      kernel(t, bracket.lo, bracket.hi, begin, end, keys.data(), places.data(), &found);
+      result.above += found.above;
+      result.collected += result.within[task] = found.within;
+      if (found.nan) result.nan = true;
+      piece.keys.insert(piece.keys.end(), keys.begin(), keys.begin() + found.within);
+      piece.places.insert(piece.places.end(), places.begin(), places.begin() + found.within);
+    });
+    const std::lock_guard<std::mutex> lock(merging);
+    result.pieces.push_back(std::move(piece));
+  });
+}
+
+// The n-th highest of all collected keys.
+TopkThreshold collected_threshold(const std::vector<Piece>& pieces, const Bracket& bracket, int64_t n) {
+  const int shift = std::max(0, static_cast<int>(std::bit_width(bracket.hi - bracket.lo)) - 12);
+  std::vector<int64_t> counts(1 << 12);
+  for (const Piece& piece : pieces) {
+    for (uint32_t key : piece.keys) ++counts[(key - bracket.lo) >> shift];
+  }
+  uint32_t bin = (1 << 12) - 1;
+  while (counts[bin] < n) n -= counts[bin--];
+  std::vector<uint32_t> keys;
+  for (const Piece& piece : pieces) {
+    std::copy_if(piece.keys.begin(), piece.keys.end(), std::back_inserter(keys),
+                 [&](uint32_t key) { return (key - bracket.lo) >> shift == bin; });
+  }
+  std::nth_element(keys.begin(), keys.begin() + n - 1, keys.end(), std::greater<>());
+  const uint32_t key = keys[n - 1];
+  for (uint32_t other : keys) n -= other > key;
+  return {key, n, std::count(keys.begin(), keys.end(), key)};
+}
+
+// body(tensor, task, begin, keys, places) for what each task collected.
+template <class F>
+void each_collected(const TopkSpan& span, const Scan& scan, const F& body) {
+  torch::stable::parallel_for(0, scan.pieces.size(), 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const Piece& piece = scan.pieces[i];
+      size_t at = 0;
+      span.each(piece.from, piece.to, [&](const TopkTensor& t, int64_t task, int64_t begin, int64_t) {
+        body(t, task, begin, piece.keys.data() + at, piece.places.data() + at);
+        at += scan.within[task];
+      });
+    }
+  });
+}
+
+void settle(const TopkSpan& span, const TopkLayout* layouts, const Scan& scan, const TopkThreshold& threshold) {
+  std::vector<int64_t> ties(span.tasks(), 0);
+  each_collected(span, scan, [&](const TopkTensor&, int64_t task, int64_t, const uint32_t* keys, const uint16_t*) {
+    ties[task] = std::count(keys, keys + scan.within[task], threshold.key);
+  });
+  const std::optional<TopkSplit> split = topk_share(span, layouts, threshold.needed, ties);
+  each_collected(span, scan,
+                 [&](const TopkTensor& t, int64_t task, int64_t begin, const uint32_t* keys, const uint16_t* places) {
+                   int64_t left = ties[task];
+                   for (int64_t i = 0; i < scan.within[task]; ++i) {
+                     const bool tie = keys[i] == threshold.key && left > 0;
+                     left -= tie;
+                     const int64_t group = begin + places[i];
+                     t.chosen[group >> 3] |= static_cast<uint8_t>((keys[i] > threshold.key || tie) << (group & 7));
+                   }
+                 });
+  if (split) topk_choose_ties(span, layouts, *split, threshold.key);
+}
+
+}  // namespace
+
+std::optional<int64_t> topk_sample_select(const TopkSpan& span, const TopkLayout* layouts, int64_t keep,
+                                          int64_t total) {
+  if (total < kSampleFrom || span.tensors[0].wide) return std::nullopt;
+  const std::optional<Bracket> bracket = sample_bracket(span, keep, total);
+  if (!bracket) return std::nullopt;
+  Scan found;
+  const int64_t room = total / kCollectedShare;
+  scan(span, *bracket, room, found);
+  if (found.nan) return kTopkNan;
+  const int64_t needed = keep - found.above;
+  if (found.collected > room || needed < 0 || needed > found.collected) return std::nullopt;
+  if (needed > 0) settle(span, layouts, found, collected_threshold(found.pieces, *bracket, needed));
+  return 0;
+}
+
+}  // namespace sparsekern

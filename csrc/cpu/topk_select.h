@@ -1,0 +1,77 @@
+// Selection for topk_mask on CPU: consecutive score tensors, cut into tasks that share no mask byte.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "simd/kernels.h"
+
+namespace sparsekern {
+
+// Groups (or weights) per task: 128 KiB of float32 scores. A multiple of 64, as the kernels ask, and at most 2^16.
+constexpr int64_t kTopkGrain = int64_t{1} << 15;
+
+struct TopkSpan {
+  const TopkTensor* tensors;
+  std::vector<int64_t> sizes, first_task;
+
+  TopkSpan(const TopkTensor* t, std::vector<int64_t> units) : tensors(t), sizes(std::move(units)) {
+    first_task.push_back(0);
+    for (int64_t size : sizes) first_task.push_back(first_task.back() + (size + kTopkGrain - 1) / kTopkGrain);
+  }
+  int64_t tasks() const { return first_task.back(); }
+
+  // body(tensor, task, begin, end) for tasks [from, to).
+  template <class F>
+  void each(int64_t from, int64_t to, const F& body) const {
+    size_t i = std::upper_bound(first_task.begin(), first_task.end(), from) - first_task.begin() - 1;
+    for (int64_t task = from; task < to; ++task) {
+      while (task >= first_task[i + 1]) ++i;
+      const int64_t begin = (task - first_task[i]) * kTopkGrain;
+      body(tensors[i], task, begin, std::min(begin + kTopkGrain, sizes[i]));
+    }
+  }
+  template <class F>
+  void parallel(const F& body) const {
+    torch::stable::parallel_for(0, tasks(), 1, [&](int64_t from, int64_t to) { each(from, to, body); });
+  }
+};
+
+// Where the groups of one tensor lie: sizes and strides of the block tensor in logical order of its dims.
+struct TopkLayout {
+  std::vector<int64_t> sizes, strides;
+  bool row_major;
+};
+
+constexpr int64_t kTopkNan = 1, kTopkTooFew = 2;
+
+// `needed` of the `ties` groups at `key` are chosen, and all above.
+struct TopkThreshold {
+  uint64_t key;
+  int64_t needed, ties;
+};
+
+// The tensor whose ties are chosen in part, if its logical order is not that of its storage.
+struct TopkSplit {
+  size_t tensor;
+  int64_t needed;
+};
+
+// Cuts the ties of each task down to those chosen, first come first served; those of a split tensor to none.
+std::optional<TopkSplit> topk_share(const TopkSpan& span, const TopkLayout* layouts, int64_t needed,
+                                    std::vector<int64_t>& ties);
+
+// Chooses the ties of the split tensor in logical order, by walking a bitmap of them along the strides. Seldom needed.
+void topk_choose_ties(const TopkSpan& span, const TopkLayout* layouts, const TopkSplit& split, uint64_t key);
+
+// topk_select by one pass for 0 < keep < total; none where sampling does not serve.
+std::optional<int64_t> topk_sample_select(const TopkSpan& span, const TopkLayout* layouts, int64_t keep, int64_t total);
+
+// Writes the group bits of the `keep` best groups of all of `span`; returns the status of the operator.
+int64_t topk_select(const TopkSpan& span, const TopkLayout* layouts, int64_t keep);
+
+}  // namespace sparsekern

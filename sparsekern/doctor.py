@@ -1,0 +1,133 @@
+"""What runs here, on what, how it was built, and what to do about each degradation.
+
+The report is made to be pasted into an issue; it names no user and no host.
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import runpy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+import sparsekern as sk
+from sparsekern import _library
+
+VARIABLES = ("SPARSEKERN_BACKEND", "SPARSEKERN_CPU_ISA", "SPARSEKERN_CUDA")
+EXTRAS = {"train": ("sklearn", "scikit-learn"), "vision": ("torchvision", "torchvision"), "ffcv": ("ffcv", "ffcv")}
+"""Name of each extra -> its module and its distribution."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The doctor takes no arguments."""
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the report. 0 also when degraded: the report is the result."""
+    sys.stdout.write(report() + "\n")
+    return 0
+
+
+def report() -> str:
+    """Versions, build decisions, machine, the backend of every operator, extras and degradations with their cure."""
+    parts = {
+        "versions": _versions(), "build": _build(), "machine": _machine(), "operators": _operators(),
+        "extras": _extras(), "environment": ((name, os.environ.get(name, "unset")) for name in VARIABLES),
+    }  # fmt: skip
+    lines = []
+    for title, rows in parts.items():
+        rows = list(rows)
+        width = max(14, *(len(name) for name, _ in rows))
+        lines += [title, *(f"  {name:{width}}  {text}" for name, text in rows)]
+    found = degradations()
+    return "\n".join([*lines, "degradations", *(f"  - {text}" for text in found or ["none"])])
+
+
+def degradations() -> list[str]:
+    """Each thing that makes this installation slower or less than it could be, with what to do about it."""
+    found = [sk.degradation] if sk.degradation else []
+    if _sources_changed():
+        found.append("the compiled kernels are older than the sources beside them: run make build")
+    without = [name for name in sorted(_library.OPS) if not _library.has_kernel(name, "CPU")]
+    if without and not sk.degradation:
+        found.append(f"this version has no compiled CPU kernel for {', '.join(without)}: nothing to do")
+    cap = os.environ.get("SPARSEKERN_CPU_ISA")
+    if cap in ("scalar", "avx2") and not sk.degradation:
+        found.append(f"SPARSEKERN_CPU_ISA={cap} caps the instruction set: unset it for the fastest one")
+    if torch.cuda.is_available():
+        found.append("a GPU is visible, but this version has no CUDA kernels: GPU tensors take the slow references")
+    if _module() is None and not sk.degradation:
+        why = _library.build_info().get("decisions", {}).get("_C", "it was not built")
+        found.append(f"the module _C is missing ({why}); only details of this report are lost")
+    return found
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    yield "sparsekern", f"{sk.__version__} in {Path(sk.__file__).parent}"
+    yield "torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"
+    yield "Python", f"{platform.python_version()} on {platform.platform()}"
+
+
+def _build() -> Iterator[tuple[str, str]]:
+    info = _library.build_info()
+    if not info:
+        yield "record", "none: this copy was never built; pip install . or make build"
+        return
+    yield from info["decisions"].items()
+    yield "with", f"torch {info['torch']}, Python {info['python']}"
+    if module := _module():
+        made = module.build_info()
+        yield "by", f"{made['compiler']}, C++ {made['cplusplus']}, pybind11 {made['pybind11']}"
+
+
+def _machine() -> Iterator[tuple[str, str]]:
+    yield "CPU", f"{platform.machine()}, {_cores()} usable cores, {torch.get_num_threads()} torch threads"
+    if module := _module():
+        features = module.cpu_features()
+        has, lacks = ([name for name, there in features.items() if there is wanted] for wanted in (True, False))
+        yield "features", " ".join(has) + (f"; without {' '.join(lacks)}" if lacks else "") if features else "none"
+    yield "kernels use", "nothing" if sk.degradation else torch.ops.sparsekern.cpu_isa()
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    yield "GPU", ", ".join(gpus) or "none visible"
+
+
+def _operators() -> Iterator[tuple[str, str]]:
+    for name in sorted(_library.OPS):
+        backends = (f"{key.replace('CUDA', 'GPU')}: {_backend(name, key)}" for key in ("CPU", "CUDA"))
+        yield name, ", ".join(backends)
+
+
+def _backend(name: str, key: str) -> str:
+    return "compiled kernel" if _library.has_kernel(name, key) else "PyTorch reference (slow)"
+
+
+def _extras() -> Iterator[tuple[str, str]]:
+    for extra, (module, distribution) in EXTRAS.items():
+        if importlib.util.find_spec(module):
+            yield extra, f"{distribution} {importlib.metadata.version(distribution)}"
+        else:
+            yield extra, f"{distribution} is missing; pip install 'sparsekern[{extra}]'"
+
+
+def _module():
+    try:
+        from sparsekern import _C
+    except ImportError:
+        return None
+    return _C
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _sources_changed() -> bool:
+    """Whether this is a checkout whose C++ differs from what was compiled."""
+    script = Path(sk.__file__).parents[1] / "csrc" / "toolchain.py"
+    built = _library.build_info().get("sources")
+    return bool(built) and script.exists() and runpy.run_path(str(script))["sources_digest"]() != built

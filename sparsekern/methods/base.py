@@ -1,0 +1,279 @@
+"""What every sparse training method shares: which weights it prunes, its hooks in the optimizer, when it may act.
+
+A method is a subclass of `Sparsifier` that says when a change is due and what happens then. Nothing here knows AC/DC.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from sparsekern.masks import MaskSet, normalise
+from sparsekern.schedules import AcdcSchedule, PhaseSchedule
+
+# First moments: what the papers call momentum. Second moments survive a reset.
+_MOMENTUM_KEYS = ("momentum_buffer", "exp_avg")
+# Parameters of attached models: a wrapper or a part of an attached model holds the same ones.
+_attached = WeakTensorKeyDictionary()
+
+
+def layer_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weight of every convolution and linear layer, under its first name without wrapper prefixes."""
+    weights: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)) and id(module.weight) not in seen:
+            seen.add(id(module.weight))
+            weights[normalise(f"{name}.weight")] = module.weight
+    return weights
+
+
+def prunable_weights(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> dict[str, Tensor]:
+    """Trainable weights of convolutions and linear layers that some `include` and no `exclude` matches (re.search).
+
+    Names carry no wrapper prefix; a weight shared between layers counts once, under its first name; frozen ones
+    (requires_grad False) are left as they are. Raises ValueError for a pattern that is no regular expression or matches
+    nothing, and if nothing is left.
+    """
+    weights = {name: w for name, w in layer_weights(model).items() if w.requires_grad and w.is_leaf}
+    compiled = {label: _compiled(label, p) for label, p in (("include", include), ("exclude", exclude))}
+    for label, patterns in compiled.items():
+        for pattern in patterns:
+            if not any(pattern.search(name) for name in weights):
+                raise ValueError(f"{label}: {pattern.pattern!r} matches none of the prunable weights {list(weights)}")
+    chosen = {
+        name: weight
+        for name, weight in weights.items()
+        if any(p.search(name) for p in compiled["include"]) and not any(p.search(name) for p in compiled["exclude"])
+    }
+    if not chosen:
+        raise ValueError(f"include, exclude: leave nothing of the prunable weights {list(weights)}")
+    return chosen
+
+
+def _compiled(label: str, patterns: Sequence[str]) -> list[re.Pattern[str]]:
+    # A lone string is a sequence of its letters, each a pattern of its own.
+    if isinstance(patterns, str):
+        raise TypeError(f"{label} must be a sequence of regular expressions, got the single string {patterns!r}")
+    found = []
+    for pattern in patterns:
+        try:
+            found.append(re.compile(pattern))
+        except (re.error, TypeError) as error:
+            raise ValueError(f"{label}: {pattern!r} is no regular expression: {error}") from None
+    return found
+
+
+class Sparsifier:
+    """`attach` once, then `step` last in every iteration, `finalize` at the end.
+
+    Works with any torch optimizer: one with `set_masks` (MaskedSGD) keeps pruned weights and momentum at zero in its
+    own kernel, for the others a hook does it after each step. A subclass implements `_due`, `_change` and, if it has
+    more state than its position and masks, `_extra_state` and `_load_extra_state`.
+    """
+
+    def __init__(
+        self, schedule: AcdcSchedule | PhaseSchedule, *, include: Sequence[str] = (".*",), exclude: Sequence[str] = ()
+    ):
+        for label, patterns in (("include", include), ("exclude", exclude)):
+            _compiled(label, patterns)  # a bad pattern fails here, not in attach
+        self.include, self.exclude, self._schedule = include, exclude, schedule
+        self._handles: list[Any] = []
+
+    # What a method provides.
+    def _due(self) -> bool:
+        """Whether a change is due at `self.position`, the number of steps taken."""
+        raise NotImplementedError
+
+    def _change(self) -> None:
+        """Make the change that is due."""
+        raise NotImplementedError
+
+    def _extra_state(self) -> dict[str, Any]:
+        return {}
+
+    def _load_extra_state(self, state: Mapping[str, Any]) -> Any:
+        """Validate and return a function that installs it, so that a bad file changes nothing."""
+        return lambda: None
+
+    def _resolve(self, steps_per_epoch: int | None) -> PhaseSchedule:
+        """The schedule in optimizer steps."""
+        if isinstance(self._schedule, PhaseSchedule):
+            return self._schedule
+        if steps_per_epoch is None:
+            raise ValueError("steps_per_epoch must be given for a schedule in epochs, got None")
+        return self._schedule.resolve(steps_per_epoch)
+
+    def attach(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        steps_per_epoch: int | None = None,
+        verbose: bool = True,
+    ):
+        """Bind to a model and its optimizer; prints the timeline and the prunable layers. Returns itself.
+
+        Raises TypeError for what is no model or optimizer, ValueError if the model is attached already, the optimizer
+        has masks of its own, a name pattern matches nothing, or steps_per_epoch is missing for a schedule in epochs.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if self._handles or any(p in _attached for p in model.parameters()):
+            raise ValueError("model: a sparsifier is attached to it already; call its finalize() first")
+        if len(getattr(optimizer, "masks", ())):
+            raise ValueError("optimizer: has masks already, and a sparsifier sets its own; build it without masks")
+        self.schedule = self._resolve(steps_per_epoch)
+        self.masks = MaskSet(prunable_weights(model, self.include, self.exclude))
+        self.model, self.optimizer, self.position = model, optimizer, 0
+        self._stepped, self._found_inf, self._gradient_seen = False, None, False
+        self._fused = hasattr(optimizer, "set_masks")
+        self._pruned: dict[str, tuple[Any, Tensor | None]] = {}
+        if self._due():
+            self._change()
+        self._register()
+        if verbose:
+            print(f"{self.schedule.timeline()}\n\n{self.layers()}", flush=True)
+        return self
+
+    def _register(self) -> None:
+        if self._fused:
+            self.optimizer.set_masks(self.masks)
+        self._handles = [
+            self.optimizer.register_step_pre_hook(self._before_optimizer_step),
+            self.optimizer.register_step_post_hook(self._after_optimizer_step),
+            *(self.masks.parameter(n).register_post_accumulate_grad_hook(self._saw_gradient) for n in self.masks),
+        ]
+        for parameter in self.model.parameters():
+            _attached[parameter] = True
+
+    def layers(self) -> str:
+        """A table of the prunable weights: name, shape, count, live share."""
+        rows = [f"{'prunable weight':40} {'shape':>20} {'weights':>12} {'density':>8}"]
+        for name in self.masks:
+            p = self.masks.parameter(name)
+            rows.append(f"{name:40} {'x'.join(map(str, p.shape)):>20} {p.numel():12,} {self.masks.density(name):8.4f}")
+        return "\n".join(rows)
+
+    def step(self) -> None:
+        """Advance by one optimizer step and make the change that is due there; call it last in every iteration.
+
+        A change that falls on a step which the gradient scaler skipped waits for the next good one. Raises RuntimeError
+        if the optimizer took no step since the last call and the scaler did not skip one either.
+        """
+        self._check_attached()
+        if not self._stepped and not self._skipped_by_scaler():
+            raise RuntimeError(
+                "sparsifier.step() must be called once after each optimizer.step(), but there was none since the last "
+                "call (with gradient accumulation, call both once per accumulated batch)"
+            )
+        self.position += 1
+        if self._due() and self._good_step():
+            self._change()
+        self._stepped, self._gradient_seen, self._found_inf = False, False, None
+
+    def _check_attached(self) -> None:
+        if not self._handles:
+            raise RuntimeError("sparsifier is not attached: call attach(model, optimizer) first")
+
+    def _skipped_by_scaler(self) -> bool:
+        """Whether GradScaler kept an overflowed step from an optimizer that cannot skip by itself.
+
+        Then there was a backward pass and its gradients are cleared already or not finite; reads the device.
+        """
+        grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        return self._gradient_seen and (not grads or not all(bool(g.isfinite().all()) for g in grads))
+
+    def _good_step(self) -> bool:
+        """Whether the optimizer really moved; reads the device, so it is asked only where a change is due."""
+        return self._stepped and (self._found_inf is None or not float(self._found_inf))
+
+    def _saw_gradient(self, parameter: Tensor) -> None:
+        self._gradient_seen = True
+
+    def _before_optimizer_step(self, *_: Any) -> None:
+        if self._stepped:
+            raise RuntimeError(
+                "sparsifier.step() was not called after the last optimizer.step(); it comes last in every iteration"
+            )
+
+    def _after_optimizer_step(self, *_: Any) -> None:
+        self._stepped = True
+        # GradScaler takes it away again right after the step.
+        self._found_inf = getattr(self.optimizer, "found_inf", None)
+        if not self._fused:
+            self._hold_zero()
+
+    def momentum(self, parameter: Tensor) -> list[Tensor]:
+        """The first-moment buffers that the optimizer holds for a parameter."""
+        state = self.optimizer.state.get(parameter, {})
+        return [state[key] for key in _MOMENTUM_KEYS if state.get(key) is not None]
+
+    @torch.no_grad()
+    def _hold_zero(self) -> None:
+        """Pruned weights and, unless the optimizer lets it decay, their momentum become exactly zero."""
+        for name in self.masks:
+            pruned = self._pruned_of(name)
+            if pruned is None:
+                continue
+            parameter = self.masks.parameter(name)
+            parameter.masked_fill_(pruned, 0)
+            if getattr(self.optimizer, "momentum_policy", "mask") == "mask":
+                for buffer in self.momentum(parameter):
+                    buffer.masked_fill_(pruned, 0)
+        if self._fused:  # needed at phase edges only, not worth a byte per weight in between
+            self._pruned.clear()
+
+    def _pruned_of(self, name: str) -> Tensor | None:
+        """True where that weight is pruned, unpacked once per mask; None if nothing is."""
+        parameter = self.masks.parameter(name)
+        key = self.masks.version(name), parameter.stride(), parameter.device
+        if self._pruned.get(name, (None,))[0] != key:
+            pruned = ~self.masks.bool(name)
+            self._pruned[name] = key, pruned if bool(pruned.any()) else None
+        return self._pruned[name][1]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a run needs to go on exactly, at any point of the iteration, also with a change waiting."""
+        self._check_attached()
+        stepped = "good" if self._good_step() else "skipped" if self._stepped or self._skipped_by_scaler() else "no"
+        return {
+            "position": self.position, "stepped": stepped, "masks": self.masks.state_dict(), **self._extra_state()
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict` into an attached sparsifier; ValueError, before anything changes, if it does not fit."""
+        self._check_attached()
+        expected = {"position", "stepped", "masks", *self._extra_state()}
+        if set(state) != expected:
+            raise ValueError(f"state must hold {sorted(expected)}, got {sorted(map(str, state))}")
+        position, stepped = state["position"], state["stepped"]
+        if not isinstance(position, int) or isinstance(position, bool) or position < 0:
+            raise ValueError(f"state['position'] must be a whole number of steps, got {position!r}")
+        if stepped not in ("no", "good", "skipped"):
+            raise ValueError(f"state['stepped'] must be 'no', 'good' or 'skipped', got {stepped!r}")
+        install = self._load_extra_state(state)
+        self.masks.load_state_dict(state["masks"])
+        install()
+        self.position, self._stepped = position, stepped != "no"
+        self._found_inf = torch.ones(()) if stepped == "skipped" else None
+
+    def finalize(self) -> nn.Module:
+        """Detach from model and optimizer. The model is plain, with its zeros in place; returned for convenience."""
+        self._check_attached()
+        self._hold_zero()
+        if self._fused:
+            self.optimizer.set_masks({})
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._pruned = {}
+        for parameter in self.model.parameters():
+            _attached.pop(parameter, None)
+        return self.model

@@ -1,0 +1,168 @@
+"""Puts the layers of a model on the sparse kernels while their masks are sparse, and takes them off again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsekern.masks import MaskSet
+from sparsekern.nn.layers import groups_of, run_sparse, structure_of, supported, why_dense
+from sparsekern.nn.timing import measured_choice
+from sparsekern.ops import SparseStructure
+
+if TYPE_CHECKING:
+    from sparsekern.methods import Sparsifier
+
+Choice = Callable[[nn.Module, SparseStructure, Tensor], bool]
+"""(layer, structure of its mask, input) -> whether the sparse operator shall run it. Called once per layer, size of
+input and mask, so it may take as long as a few runs of the layer."""
+
+_LAYER = "_sparsekern_layer"
+# A decision outlives a new mask as long as the number of kept weights moves by less than this share.
+_SAME_SIZE = 0.1
+
+
+@dataclass
+class _Layer:
+    """What an accelerated module knows beyond what it was before."""
+
+    name: str
+    masks: MaskSet
+    mask_name: str
+    choose: Choice
+    plain: type[nn.Module]
+    version: int | None = None
+    structure: SparseStructure | None = None
+    decided_for: tuple[str, int] = ("", 0)
+    decisions: dict[tuple[Any, ...], bool] = field(default_factory=dict)
+    last: str = "dense: not run yet"
+
+    def structure_for(self, module: nn.Module, input: Tensor) -> SparseStructure | None:
+        """The structure to run this call with, or None for dense; remembers why."""
+        self._follow_mask(module)
+        reason = "mask keeps every weight" if self.structure is None else why_dense(module, input)
+        if reason is None and not self._decide(module, input):
+            reason = "is faster"
+        self.last = f"dense: {reason}" if reason else f"sparse {self.structure.layout}"
+        return None if reason else self.structure
+
+    def _follow_mask(self, module: nn.Module) -> None:
+        version, device = self.masks.version(self.mask_name), module.weight.device
+        moved = self.structure is not None and self.structure.tensors[0].device != device
+        if version == self.version and not moved:
+            return
+        with torch.no_grad():
+            mask = self.masks.bool(self.mask_name).to(device)
+            self.structure, self.version = structure_of(mask, groups_of(module)), version
+        if self.structure is not None:
+            layout, kept = self.structure.layout, self.structure.kept
+            if moved or layout != self.decided_for[0] or abs(kept - self.decided_for[1]) > _SAME_SIZE * kept:
+                self.decided_for = (layout, kept)
+                self.decisions.clear()
+
+    def _decide(self, module: nn.Module, input: Tensor) -> bool:
+        last = input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)
+        grads = (input.requires_grad, module.weight.requires_grad) if torch.is_grad_enabled() else ()
+        # Sizes within a factor of two share a decision, or a model with inputs of many lengths would never stop.
+        key = (input.numel().bit_length(), input.dtype, last, grads)
+        if key not in self.decisions:
+            self.decisions[key] = self.choose(module, self.structure, input)
+        return self.decisions[key]
+
+
+class _Accelerated:
+    """Mixed into the class of a layer. Its copies and pickles are plain layers, so files need no sparsekern."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        # torch.compile sees the dense operator: a choice by measurement and a new mask would each recompile.
+        structure = None if torch.compiler.is_compiling() else getattr(self, _LAYER).structure_for(self, input)
+        if structure is None:
+            return super().forward(input)
+        return run_sparse(self, structure, input, self.weight, self.bias)
+
+    def __reduce_ex__(self, protocol: int):
+        state = {key: value for key, value in self.__dict__.items() if key != _LAYER}
+        # Not copyreg.__newobj__, which pickle accepts for the object's own class only.
+        return object.__new__, (getattr(self, _LAYER).plain,), state
+
+
+@cache
+def _accelerated(plain: type[nn.Module]) -> type[nn.Module]:
+    # The same name, because repr(model) shows it.
+    return type(plain.__name__, (_Accelerated, plain), {"__module__": __name__, "__doc__": plain.__doc__})
+
+
+def accelerate(model: nn.Module, sparsifier_or_masks: Sparsifier | MaskSet, choose: Choice | None = None) -> nn.Module:
+    """Run each masked Conv2d and Linear of `model` by `sparse_conv2d` / `sparse_linear` where that is faster.
+
+    A layer runs sparse, forward and backward, while its mask has zeros and `choose` (default: one measurement per
+    layer, size of input and mask) says so; else it runs as before, in particular in dense phases, under autocast and
+    inside torch.compile. Pruned weights count as zero, which they are under MaskedSGD and every sparsifier, and their
+    gradient is zero instead of unused. No second derivatives while a layer runs sparse.
+
+    The modules stay the same objects with the same parameters, names and state dict; copies and pickles are plain.
+    Layers outside the masks are left alone. `restore` undoes it; a second call replaces the first. Returns `model`.
+    Raises TypeError for an argument of the wrong type, ValueError if the masks are of no layer of this model.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    masks = getattr(sparsifier_or_masks, "masks", sparsifier_or_masks)
+    if not isinstance(masks, MaskSet):
+        raise TypeError(
+            f"sparsifier_or_masks must be a MaskSet or an attached sparsifier, got {type(sparsifier_or_masks).__name__}"
+        )
+    chosen = [
+        (name, module, masks.name_of(module.weight))
+        for name, module in model.named_modules()
+        if isinstance(module, _Accelerated) or supported(module)
+    ]
+    chosen = [entry for entry in chosen if entry[2] is not None]
+    if not chosen:
+        raise ValueError(f"sparsifier_or_masks must mask a Conv2d or Linear of the model, got masks of {list(masks)}")
+    restore(model)
+    for name, module, mask_name in chosen:
+        layer = _Layer(name, masks, mask_name, choose or measured_choice, type(module))
+        module.__class__ = _accelerated(type(module))
+        setattr(module, _LAYER, layer)
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo `accelerate`; does nothing to a model that is not accelerated. Returns `model`."""
+    for module in model.modules():
+        if isinstance(module, _Accelerated):
+            module.__class__ = getattr(module, _LAYER).plain
+            delattr(module, _LAYER)
+    return model
+
+
+@dataclass(frozen=True)
+class AccelerationReport:
+    """What each accelerated layer did in its last forward pass: (name, "sparse 4x1" or "dense: why")."""
+
+    layers: tuple[tuple[str, str], ...]
+
+    @property
+    def sparse(self) -> int:
+        """How many layers ran sparse."""
+        return sum(how.startswith("sparse") for _, how in self.layers)
+
+    @property
+    def share(self) -> float:
+        """Share of the accelerated layers that ran sparse; 0.0 without any."""
+        return self.sparse / len(self.layers) if self.layers else 0.0
+
+    def __str__(self) -> str:
+        lines = [f"{name or '(model)':40} {how}" for name, how in self.layers]
+        return "\n".join([*lines, f"{self.sparse} of {len(self.layers)} layers ran on the sparse kernels"])
+
+
+def acceleration_report(model: nn.Module) -> AccelerationReport:
+    """How the layers of an accelerated model ran last; empty for one that is not accelerated."""
+    layers = [getattr(m, _LAYER) for m in model.modules() if isinstance(m, _Accelerated)]
+    return AccelerationReport(tuple((layer.name, layer.last) for layer in layers))

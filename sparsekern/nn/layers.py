@@ -1,0 +1,80 @@
+"""How one convolution or linear layer runs, dense or sparse; the layer itself only provides weight and geometry."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sparsekern.ops import SparseStructure, sparse_conv2d, sparse_linear, sparse_structure
+
+
+def supported(module: nn.Module) -> bool:
+    """Whether this is a Conv2d or Linear with the ordinary forward, so that replacing it changes no behaviour."""
+    kind = type(module)
+    if isinstance(module, nn.Linear):
+        return kind.forward is nn.Linear.forward
+    return isinstance(module, nn.Conv2d) and kind.forward is nn.Conv2d.forward and _padding(module) is not None
+
+
+def _padding(module: nn.Conv2d) -> list[int] | None:
+    """Zeros on either side as (vertical, horizontal); None where the two sides differ or are not zeros."""
+    if module.padding_mode != "zeros":
+        return None
+    if module.padding == "valid":
+        return [0, 0]
+    if module.padding == "same":
+        reach = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        return None if any(r % 2 for r in reach) else [r // 2 for r in reach]
+    return list(module.padding)
+
+
+def groups_of(module: nn.Module) -> int:
+    """The groups of a convolution, 1 of a linear layer."""
+    return module.groups if isinstance(module, nn.Conv2d) else 1
+
+
+def run_dense(module: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The layer on torch's own operator."""
+    if isinstance(module, nn.Linear):
+        return functional.linear(input, weight, bias)
+    return functional.conv2d(
+        input, weight, bias, module.stride, _padding(module), module.dilation, module.groups
+    )  # fmt: skip
+
+
+def run_sparse(
+    module: nn.Module, structure: SparseStructure, input: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """The layer on the sparse operator of this package."""
+    if isinstance(module, nn.Linear):
+        return sparse_linear(input, weight, structure, bias)
+    return sparse_conv2d(
+        input, weight, structure, bias, module.stride, _padding(module), module.dilation, module.groups
+    )  # fmt: skip
+
+
+def why_dense(module: nn.Module, input: Tensor) -> str | None:
+    """Why the sparse operator cannot take this call, None if it can."""
+    if torch.is_autocast_enabled(input.device.type):
+        return "autocast"
+    if input.dtype != module.weight.dtype:
+        return f"input is {input.dtype}, weight {module.weight.dtype}"
+    return None if input.device == module.weight.device else "input and weight are on different devices"
+
+
+def structure_of(mask: Tensor, groups: int) -> SparseStructure | None:
+    """The structure of a bool mask in the coarsest pattern that it has; None if it keeps every weight."""
+    if bool(mask.all()):
+        return None
+    pattern = next((p for p, dim in (("4x1", 0), ("1x4", 1)) if _whole_blocks(mask, dim)), "unstructured")
+    return sparse_structure(mask, pattern, groups=groups)
+
+
+def _whole_blocks(mask: Tensor, dim: int) -> bool:
+    full = mask.shape[dim] // 4 * 4
+    blocks = mask.narrow(dim, 0, full).unflatten(dim, (full // 4, 4))
+    tail = mask.narrow(dim, full, mask.shape[dim] - full)
+    if bool((blocks.any(dim + 1) != blocks.all(dim + 1)).any()):
+        return False
+    return not tail.shape[dim] or torch.equal(tail.any(dim), tail.all(dim))

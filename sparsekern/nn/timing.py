@@ -1,0 +1,56 @@
+"""Sparse or dense, decided by running both once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from sparsekern.nn.layers import run_dense, run_sparse
+from sparsekern.ops import SparseStructure
+
+_ROUNDS = 3
+
+
+def measured_choice(module: nn.Module, structure: SparseStructure, input: Tensor) -> bool:
+    """Whether the sparse operator runs this layer on this input faster, with the gradients that the call will need.
+
+    Both are run interleaved on detached copies of nothing but references; the best of three rounds counts, since other
+    load on the machine can only add time. Gradients and random numbers of the model are not touched.
+    """
+    needs = [torch.is_grad_enabled() and t.requires_grad for t in (input, module.weight)]
+    x, weight = (
+        t.detach().requires_grad_(need) if need else t.detach()
+        for t, need in zip((input, module.weight), needs, strict=True)
+    )
+    bias = None if module.bias is None else module.bias.detach()
+    wanted = [t for t, need in zip((x, weight), needs, strict=True) if need]
+
+    def dense() -> Tensor:
+        return run_dense(module, x, weight, bias)
+
+    def sparse() -> Tensor:
+        return run_sparse(module, structure, x, weight, bias)
+
+    times: dict[Callable[[], Tensor], list[float]] = {dense: [], sparse: []}
+    for _ in range(_ROUNDS):
+        for run, found in times.items():
+            found.append(_seconds(run, wanted))
+    return min(times[sparse]) < min(times[dense])
+
+
+def _seconds(run: Callable[[], Tensor], wanted: list[Tensor]) -> float:
+    start = _now(wanted)
+    result = run()
+    if wanted:
+        torch.autograd.grad(result, wanted, torch.ones_like(result))
+    return _now([result]) - start
+
+
+def _now(tensors: list[Tensor]) -> float:
+    for t in tensors:
+        if t.is_cuda:
+            torch.cuda.synchronize(t.device)
+    return time.perf_counter()

@@ -1,0 +1,222 @@
+"""The benchmarks run at tiny sizes, give the rows they promise, and refuse to time a wrong result."""
+
+import argparse
+import csv
+import json
+import math
+
+import pytest
+import torch
+
+import sparsekern as sk
+from benchmarks import bench_masked_sgd, bench_sparse_conv2d, bench_topk_mask, harness, networks, table
+
+BENCHES = {"masked_sgd": bench_masked_sgd, "topk_mask": bench_topk_mask, "sparse_conv2d": bench_sparse_conv2d}
+NUMBERS = ("sparsity", "median_ms", "iqr_ms", "baseline_ms", "speedup", "floor_ms", "efficiency")
+COMPLETE = {
+    "bench": "b", "case": "net/layer", "role": "goal", "backend": "native", "pass_": "step", "dtype": "float32",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch):
+    """What is tested here is not the numbers."""
+    monkeypatch.setattr(harness, "SAMPLE_MS", 0.0)
+    monkeypatch.setattr(harness, "ROUNDS", 2)
+    monkeypatch.setattr(harness.machine, "load", lambda: 0.5)
+
+
+@pytest.mark.parametrize("bench", BENCHES)
+def test_smoke_rows_have_the_schema(bench, tmp_path, capsys):
+    BENCHES[bench].main(["--smoke", "--threads", "1", "--json", str(tmp_path / "out.json")])
+    stored = json.loads((tmp_path / "out.json").read_text())
+    assert set(stored) == {"machine", "rows"} and set(stored["machine"]) == set(harness.MACHINE_KEYS)
+    assert len(stored["rows"]) >= 9
+    for row in stored["rows"]:
+        assert set(row) <= set(harness.ROW_KEYS)
+        assert set(harness.ROW_KEYS) - set(row) <= set(harness.OPTIONAL)
+        assert row["bench"] == bench and row["threads"] == 1 and row["case"].startswith("resnet50/")
+        assert all(math.isfinite(row[key]) and row[key] >= 0 for key in NUMBERS if key in row)
+        assert row["speedup"] == pytest.approx(row["baseline_ms"] / row["median_ms"])
+        if bench == "sparse_conv2d":
+            assert row["efficiency"] == pytest.approx(row["speedup"] * (1 - row["sparsity"]), rel=0.2)
+        else:
+            assert row["floor_ms"] > 0
+    assert {0.9, 0.95, 0.98} <= {row["sparsity"] for row in stored["rows"]}
+    assert {"unstructured", "4x1", "1x4"} <= {row["pattern"] for row in stored["rows"]}
+    assert len(capsys.readouterr().out.splitlines()) == len(stored["rows"]) + 3
+
+
+# Taken before a test replaces them.
+right_step, right_topk, right_conv = sk.MaskedSGD.step, sk.ops.topk_mask, sk.ops.sparse_conv2d
+
+
+def wrong_step(optimizer):
+    right_step(optimizer)
+    optimizer.param_groups[0]["params"][0].data.view(-1)[0] += 1e-3
+
+
+def wrong_mask(*args, **kwargs):
+    masks = right_topk(*args, **kwargs)
+    masks[0][0] ^= 1
+    return masks
+
+
+def wrong_conv(*args):
+    return right_conv(*args) * 1.001
+
+
+wrong_mask.reference = right_topk.reference
+
+
+@pytest.mark.parametrize("bench", BENCHES)
+def test_a_wrong_result_is_never_timed(bench, monkeypatch):
+    monkeypatch.setattr(sk.MaskedSGD, "step", wrong_step)
+    monkeypatch.setattr(sk.ops, "topk_mask", wrong_mask)
+    monkeypatch.setattr(sk.ops, "sparse_conv2d", wrong_conv)
+    monkeypatch.setattr(harness, "_sample", lambda run, calls: pytest.fail("timed a wrong result"))
+    with pytest.raises(harness.WrongResult, match="resnet50/.*nothing was timed"):
+        BENCHES[bench].main(["--smoke", "--threads", "1"])
+
+
+def test_weight_gradient_off_the_mask_is_refused():
+    layer = bench_sparse_conv2d.Layer.make(bench_sparse_conv2d.SMOKE[0], 1)
+    mask = torch.rand(layer.conv.weight_shape) < 0.1
+    grad = bench_sparse_conv2d.contender(bench_sparse_conv2d.dense(layer), layer, "weight_grad")()
+    bench_sparse_conv2d.check(layer, "weight_grad", mask, torch.where(mask, grad, 0))
+    with pytest.raises(AssertionError, match="off the mask"):
+        bench_sparse_conv2d.check(layer, "weight_grad", mask, grad)
+
+
+def test_contenders_alternate_after_the_check():
+    calls = []
+    timings = harness.measure("x", lambda: calls.append("check"), {k: lambda k=k: calls.append(k) for k in "AB"})
+    assert "".join(calls[1:]) == "AAABBB" + "AB" * 2 and calls[0] == "check"
+    assert set(timings) == {"A", "B"}
+
+
+def test_noise_is_said():
+    row = harness.make_row(harness.Timing(1.0, 0.21), **COMPLETE)
+    assert harness.is_noisy(row) and "noisy" in harness.format_row(row)
+    row = harness.make_row(harness.Timing(1.0, 0.19), **COMPLETE)
+    assert not harness.is_noisy(row) and "noisy" not in harness.format_row(row)
+
+
+def test_rows_refuse_what_the_schema_does_not_know():
+    with pytest.raises(ValueError, match=r"unknown keys \['colour'\]"):
+        harness.make_row(harness.Timing(1, 0), **COMPLETE, colour="red")
+    with pytest.raises(ValueError, match=r"missing keys \['role'\]"):
+        harness.make_row(harness.Timing(1, 0), **{**COMPLETE, "role": None})
+    with pytest.raises(ValueError, match="pass='sideways'"):
+        harness.make_row(harness.Timing(1, 0), **{**COMPLETE, "pass_": "sideways"})
+
+
+def test_backend_is_seen_from_what_runs():
+    scores = [torch.randn(8, 4)]
+    assert harness.backend_of(lambda: sk.ops.topk_mask.reference(scores, [3], True, "4x1", True, [])) == "reference"
+    assert harness.backend_of(lambda: None) == "native"
+    if not sk.degradation:
+        assert harness.backend_of(lambda: sk.ops.topk_mask(scores, 3)) == "native"
+
+
+def test_record_appends_rows_with_their_machine(tmp_path):
+    rows = [harness.make_row(harness.Timing(1 / 3, 0), "torch", harness.Timing(1, 0), **COMPLETE)]
+    where = dict.fromkeys(harness.MACHINE_KEYS, "x, y")
+    for _ in range(2):
+        path = harness.record("b", rows, where, tmp_path)
+    with path.open() as file:
+        stored = list(csv.DictReader(file))
+    assert [(r["commit"], r["median_ms"], r["speedup"], r["layout"]) for r in stored] == [
+        ("x, y", "0.333333", "3", "")
+    ] * 2
+
+
+def test_record_refuses_smoke_and_uncommitted_sources(monkeypatch):
+    with pytest.raises(SystemExit, match="--record needs committed sources"):
+        bench_topk_mask.main(["--smoke", "--record"])
+    monkeypatch.setattr(harness.machine, "commit", lambda: "0123456789ab-dirty")
+    with pytest.raises(SystemExit, match="the commit is 0123456789ab-dirty"):
+        bench_topk_mask.main(["--record"])
+
+
+def test_a_busy_machine_is_said_and_not_recorded(monkeypatch, capsys):
+    monkeypatch.setattr(harness.machine, "commit", lambda: "0123456789ab")
+    monkeypatch.setattr(harness.machine, "load", lambda: 1000.0)
+    with pytest.raises(SystemExit, match="--record refused: load 1000.0"):
+        bench_topk_mask.main(["--record"])
+    harness.run("topk_mask", lambda _: iter(()), harness.parser("").parse_args(["--smoke"]))
+    assert "warning: load 1000.0" in capsys.readouterr().out
+
+
+def test_command_is_what_to_type_again():
+    options = harness.parser("").parse_args(["--quick", "--threads", "1", "--record", "--json", "x"])
+    assert harness.command("topk_mask", options) == "python -m benchmarks.bench_topk_mask --quick --threads 1"
+
+
+def test_quick_stops_when_its_time_is_up(capsys):
+    options = argparse.Namespace(quick=True, started=-1e9)
+    assert harness.left_out(options, "the rest") and "the rest" in capsys.readouterr().out
+    options.quick = False
+    assert not harness.left_out(options, "the rest")
+
+
+def test_network_shapes():
+    convs, shapes = networks.resnet50_convs(), networks.resnet50_parameters()
+    assert (len(convs), len({c.shape_key for c in convs}), len(shapes)) == (53, 23, 161)
+    assert sum(math.prod(s) for s in shapes.values()) == 25_557_032
+    by_name = {c.name: c for c in convs}
+    assert by_name["resnet50/layer2.0.downsample.0"].shape_key == (256, 512, 1, 2, 56)
+    assert by_name["resnet50/layer2.1.conv2"].shape_key == (128, 128, 3, 1, 28)
+    assert {f"resnet50/{name}" for name in bench_sparse_conv2d.QUICK} <= set(by_name)
+    # 4.09e9 multiply-adds, as published for 224 x 224.
+    work = sum(math.prod(c.weight_shape) * c.output_size**2 for c in convs) + 2048 * 1000
+    assert work == pytest.approx(4.09e9, rel=1e-3)
+    assert sum(math.prod(c.weight_shape) for c in networks.mobilenet_v1_pointwise()) == 3_139_584
+
+
+def test_random_mask_keeps_whole_blocks_exactly():
+    for pattern in bench_sparse_conv2d.PATTERNS:
+        mask = bench_masked_sgd.random_mask((8, 12), 0.75, pattern)
+        structure = sk.ops.sparse_structure(mask, pattern)  # raises if a block is kept in part
+        assert structure.kept == int(mask.sum()) == 24
+
+
+def test_totals_count_each_layer_as_often_as_it_occurs():
+    rows = [
+        harness.make_row(
+            harness.Timing(ms, 0), "torch", harness.Timing(10 * ms, 0), bench="sparse_conv2d", case=case, role="goal",
+            backend="native", pass_="forward", pattern=pattern, sparsity=sparsity, dtype="float32",
+        )
+        for case, ms in (("a", 1.0), ("b", 2.0))
+        for pattern in bench_sparse_conv2d.PATTERNS
+        for sparsity in bench_sparse_conv2d.SPARSITIES
+    ]  # fmt: skip
+    for row in rows:
+        row |= {"layout": "contiguous", "batch": 1}
+    found = list(bench_sparse_conv2d.totals(rows, {"a": 3, "b": 1}, ["forward"]))
+    assert len(found) == 9 and all(row["case"] == "resnet50/all" for row in found)
+    assert {(row["median_ms"], row["baseline_ms"]) for row in found} == {(5.0, 50.0)}
+    assert found[0]["efficiency"] == pytest.approx(1.0)
+
+
+def test_readme_quotes_what_is_recorded():
+    text = table.README.read_text()
+    assert text.split(table.BEGIN)[1].split(table.END)[0] == f"\n{table.render()}\n", "run python -m benchmarks.table"
+
+
+def test_table_shows_the_last_run_and_its_losing_rows(tmp_path):
+    assert table.render(tmp_path) == table.NOTHING
+    where = {**dict.fromkeys(harness.MACHINE_KEYS, "m"), "commit": "old"}
+    for commit, case_ms in (("old", {"a": 1}), ("new", {"a": 5.0, "b": 40.0, "resnet50/all": 20.0})):
+        rows = [
+            harness.make_row(
+                harness.Timing(ms, ms), "torch", harness.Timing(10, 0),
+                **{**COMPLETE, "case": case, "pass_": "forward", "backend": "reference"}, pattern="4x1", sparsity=0.9,
+            )
+            for case, ms in case_ms.items()
+        ]  # fmt: skip
+        harness.record("sparse_conv2d", rows, {**where, "commit": commit}, tmp_path)
+    text = table.render(tmp_path)
+    assert "| forward | 4x1 | 1.12x (0.25 to 2.00; 1 of 2 slower); whole network 0.50x |" in text
+    assert "commit new" in text and "old" not in text
+    assert "3 of 3 rows noisy" in text and "3 of 3 rows run the plain PyTorch reference" in text

@@ -1,0 +1,88 @@
+"""The float32 kernels of sparse_conv2d and sparse_linear on every instruction set, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import sparsekern as sk
+
+LAST = torch.channels_last
+PATTERNS = ["unstructured", "1x4", "4x1"]
+
+# out, in, groups, kernel, size, stride, padding, dilation, batch
+CASES = [
+    (24, 20, 1, (1, 1), (7, 7), 1, 0, 1, 5),  # tiles span images
+    (40, 36, 1, (3, 3), (14, 14), 1, 1, 1, 2),  # tiles span rows
+    (8, 72, 1, (3, 3), (7, 7), 1, 1, 1, 3),
+    (12, 24, 2, (1, 1), (13, 11), 1, 0, 1, 2),  # pointwise: read in place, with a short last vector
+    (16, 8, 1, (1, 1), (20, 13), 2, 0, 1, 2),
+    (16, 8, 2, (3, 3), (40, 60), 2, 1, 1, 1),  # many tiles; two phases of the stride
+    (12, 8, 1, (5, 3), (9, 17), (3, 1), (2, 4), (2, 3), 2),  # more padding than kernel
+    (8, 4, 1, (7, 7), (31, 29), 2, 3, 1, 1),
+    (7, 7, 7, (3, 3), (6, 5), 1, 1, 1, 2),  # depthwise
+    (4, 4, 1, (2, 2), (3, 3), 5, 2, 2, 1),  # a stride beyond the image
+]
+
+
+def block_mask(shape, pattern, sparsity):
+    axis = {"4x1": 0, "1x4": 1}.get(pattern)
+    grid = [-(-n // 4) if d == axis else n for d, n in enumerate(shape)]
+    chosen = torch.rand(grid, generator=torch.Generator().manual_seed(0)) >= sparsity
+    return chosen if axis is None else chosen.repeat_interleave(4, axis).narrow(axis, 0, shape[axis])
+
+
+def assert_close(found, exact, terms):
+    """Sums of `terms` products of normal numbers, each rounded to float32."""
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=2e-7 * (terms + 4))
+
+
+@pytest.fixture
+def native(backend):
+    if backend == "reference":
+        pytest.skip("reference: test_sparse_conv2d.py and test_sparse_linear.py compare it with torch")
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_conv2d_agrees_with_float64_on_any_number_of_threads(native, case, pattern, threads):
+    out, channels, groups, kernel, size, *geometry, batch = case
+    shape = (out, channels // groups, *kernel)
+    torch.manual_seed(0)
+    x, w, b = torch.randn(batch, channels, *size), torch.randn(shape), torch.randn(out)
+    conv = sk.ops.sparse_conv2d
+    for sparsity in (0.0, 0.8, 1.0):
+        mask = block_mask(shape, pattern, sparsity)
+        s = sk.ops.sparse_structure(mask, pattern, groups=groups)
+        kept, dirty = torch.where(mask, w, 0).double(), torch.where(mask, w, torch.nan)
+        exact = torch.nn.functional.conv2d(x.double(), kept, b.double(), *geometry, groups)
+        for last in (False, True):
+            inputs = (x.to(memory_format=LAST), dirty.to(memory_format=LAST)) if last else (x, dirty)
+            threads(1)
+            found = conv(*inputs, s, b, *geometry, groups)
+            assert_close(found, exact, mask[0].numel())
+            threads(3)
+            assert torch.equal(found, conv(*inputs, s, b, *geometry, groups))
+            assert found.is_contiguous(memory_format=LAST if last else torch.contiguous_format)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 250])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_linear_agrees_with_float64_on_any_number_of_threads(native, rows, pattern, threads):
+    mask = block_mask((28, 37), pattern, 0.7)
+    x, w, b = torch.randn(rows, 37), torch.randn(28, 37), torch.randn(28)
+    s = sk.ops.sparse_structure(mask, pattern)
+    exact = x.double() @ torch.where(mask, w, 0).double().t() + b.double()
+    threads(1)
+    found = sk.ops.sparse_linear(x, torch.where(mask, w, torch.nan), s, b)
+    assert_close(found, exact, 37)
+    threads(3)
+    assert torch.equal(found, sk.ops.sparse_linear(x.t().contiguous().t(), w, s, b))
