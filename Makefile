@@ -29,7 +29,7 @@ test: build lint  ## lint and the whole test suite
 	$(BIN)/python -m pytest -q
 
 demo: build  ## AC/DC training to 95% sparsity on scikit-learn's digits
-	$(BIN)/python -m sparsekern.train digits --name demo --overwrite
+	$(BIN)/python -m sparsekern train digits --name demo --overwrite
 
 bench: build  ## quick benchmarks, each within a minute on a quiet machine
 	$(BIN)/python -m benchmarks.bench_masked_sgd --quick

@@ -8,6 +8,7 @@ import importlib
 from collections.abc import Sequence
 
 COMMANDS = {
+    "train": "sparsekern.train",
     "doctor": "sparsekern.doctor",
 }
 

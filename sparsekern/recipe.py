@@ -72,7 +72,8 @@ class Recipe:
     """One training run.
 
     `threads` is part of it because sums depend on it: 0 takes torch's own number, and results then vary with the
-    machine. `measure`: time the kernels against their baselines at the end, on the trained network.
+    machine. `accelerate`: run layers on the sparse kernels in sparse phases where a measurement favours it, always or
+    never. `measure`: time the kernels against their baselines at the end, on the trained network.
     """
 
     seed: int = _setting(0, least=0, most=2**31 - 1)
@@ -80,6 +81,7 @@ class Recipe:
     batch: int = _setting(64, least=2)
     device: str = _setting("auto", choices=("auto", "cpu", "cuda"))
     threads: int = _setting(0, least=0, most=1024)
+    accelerate: str = _setting("measured", choices=("measured", "always", "off"))
     measure: bool = _setting(True)
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)

@@ -24,7 +24,7 @@ def gather(run: Run, name: str) -> dict[str, Any]:
     weights = {key: masks.parameter(key).detach() for key in masks}
     dense = copy.deepcopy(run.model)
     dense.load_state_dict(run.twin)
-    timed = []
+    trained, timed = dict(run.layers), []
     if run.recipe.measure:
         print("\nMeasuring the kernels on this network ...", flush=True)
         pattern = run.recipe.method.pattern
@@ -42,7 +42,7 @@ def gather(run: Run, name: str) -> dict[str, Any]:
         "dense": _scores(dense, run, [dense.get_parameter(key) for key in masks]),
         "layers": [
             {"name": key.removesuffix(".weight"), "shape": list(w.shape), "weights": w.numel(),
-             "live": int(w.count_nonzero())}
+             "live": int(w.count_nonzero()), "ran": trained.get(key.removesuffix(".weight"), "dense")}
             for key, w in weights.items()
         ],
         "speeds": timed,

@@ -63,14 +63,21 @@ def tables(result: dict[str, Any]) -> list[Table]:
     )
     rows = [
         (e["name"], "x".join(map(str, e["shape"])), f"{e['weights']:,}", f"{e['live']:,}",
-         f"{1 - e['live'] / e['weights']:.4f}") for e in result["layers"]
+         f"{1 - e['live'] / e['weights']:.4f}", e["ran"]) for e in result["layers"]
     ]  # fmt: skip
     weights, live = (sum(entry[key] for entry in result["layers"]) for key in ("weights", "live"))
-    rows.append(("overall", "", f"{weights:,}", f"{live:,}", f"{1 - live / weights:.4f}"))
-    layers = Table("Sparsity of the sparse network", ("layer", "shape", "weights", "live", "sparsity"), rows)
+    rows.append(("overall", "", f"{weights:,}", f"{live:,}", f"{1 - live / weights:.4f}", ""))
+    head = ("layer", "shape", "weights", "live", "sparsity", "last trained as")
+    layers = Table("Sparsity of the sparse network", head, rows)
     if not result["speeds"]:
         return [networks, layers]
     return [networks, layers, *_speed_tables(result)]
+
+
+def acceleration(result: dict[str, Any]) -> str:
+    """The share of prunable layers that trained on the sparse kernels in the last phase, as a sentence."""
+    count, total = sum(entry["ran"].startswith("sparse") for entry in result["layers"]), len(result["layers"])
+    return f"{count} of {total} prunable layers ({count / total:.0%}) ran on the sparse kernels in the last phase."
 
 
 def _speed_tables(result: dict[str, Any]) -> list[Table]:
@@ -172,7 +179,8 @@ def page(result: dict[str, Any], picture: bytes | None) -> str:
         tuple(result["metrics"][0]),
         [tuple(_cell(value) for value in row.values()) for row in result["metrics"]],
     )
-    summary = f"{result['steps']} steps in {result['seconds']:.0f} s on {result['device']}; {result['machine']}"
+    summary = f"{result['steps']} steps in {result['seconds']:.0f} s on {result['device']}; {result['machine']}. "
+    summary += acceleration(result)
     networks, *rest = tables(result)
     parts = [networks.html(), "<h2>Curves</h2>", figure, *(table.html() for table in [*rest, phases, curve_table])]
     return f"""<!DOCTYPE html>

@@ -166,13 +166,16 @@ def _pass(operator: Callable[[Tensor, Tensor], Tensor], data: Tensor, weight: Te
 
 
 def _step_rows(model: nn.Module, masks: sk.MaskSet, x: Tensor, y: Tensor, rounds: int) -> list[dict[str, Any]]:
-    """A whole training step: loss, gradients, optimizer."""
+    """A whole training step (loss, gradients, optimizer), each against the dense phase of a plain model."""
 
-    def step(sparse: bool) -> Callable[[], None]:
-        twin = copy.deepcopy(model).train()
-        optimizer = sk.MaskedSGD(twin.parameters(), **_HYPER)
+    def step(sparse: bool, accelerated: bool) -> Callable[[], None]:
+        twin = sk.nn.restore(copy.deepcopy(model)).train()
+        own = sk.MaskSet({name: twin.get_parameter(name) for name in masks})
         if sparse:
-            optimizer.set_masks({twin.get_parameter(name): masks.bool(name) for name in masks})
+            own.load_state_dict(masks.state_dict())
+        optimizer = sk.MaskedSGD(twin.parameters(), **_HYPER, masks=own)
+        if accelerated:
+            sk.nn.accelerate(twin, own)
 
         def run() -> None:
             optimizer.zero_grad()
@@ -181,5 +184,16 @@ def _step_rows(model: nn.Module, masks: sk.MaskSet, x: Tensor, y: Tensor, rounds
 
         return run
 
-    contenders = {"sparse phase": step(True), "dense phase": step(False)}
-    return _rows("training step", "sparse phase", contenders, rounds=rounds, device=x.device)
+    found = interleaved(
+        {
+            f"{'sparse' if sparse else 'dense'} phase, {'accelerated' if accelerated else 'plain'}": step(
+                sparse, accelerated
+            )
+            for sparse in (True, False)
+            for accelerated in (True, False)
+        },
+        rounds=rounds,
+        device=x.device,
+    )
+    *others, baseline = found
+    return [_row("training step", name, found[name], baseline, found[baseline]) for name in others]

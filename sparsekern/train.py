@@ -14,12 +14,11 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 import sparsekern as sk
@@ -67,11 +66,25 @@ class Run:
             method.sparsity, sk.acdc_schedule(settings.epochs, rule=method.rule), pattern=method.pattern,
             distribution=method.distribution, include=method.include, exclude=method.exclude, reset=method.reset,
         ).attach(self.model, self.optimizer, self.steps_per_epoch)  # fmt: skip
+        self.choices: dict[str, bool] = {}
+        self.layers: list[list[str]] = []
+        if settings.accelerate != "off":
+            self._names = {module: name for name, module in self.model.named_modules()}
+            sk.nn.accelerate(self.model, self.sparsifier, self._choose)
         self.step, self.seconds = 0, 0.0
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.sparsity = self.count_sparsity()
         self.rows: list[dict[str, Any]] = []
         self.twin: dict[str, Tensor] | None = None
+
+    def _choose(self, layer: nn.Module, structure: sk.ops.SparseStructure, input: Tensor) -> bool:
+        """Whether a layer runs on the sparse kernels. Measured once: a resumed run must compute as it did before."""
+        if self.recipe.accelerate == "always":
+            return True
+        key = f"{self._names[layer]}, 2^{input.numel().bit_length()}, {torch.is_grad_enabled()}"
+        if key not in self.choices:
+            self.choices[key] = sk.nn.measured_choice(layer, structure, input)
+        return self.choices[key]
 
     def learning_rate(self) -> float:
         """Of the step to come."""
@@ -106,6 +119,7 @@ class Run:
             # The dense network that AC/DC trains along: as it is before the pruning that comes now.
             self.twin = {name: value.clone() for name, value in self.model.state_dict().items()}
         if epoch_ends:
+            self.layers = [list(entry) for entry in sk.nn.acceleration_report(self.model).layers]
             self._add_row(start)
         self.sparsifier.step()
         if epoch_ends or phase_ends:
@@ -143,6 +157,7 @@ class Run:
             "version": _VERSION, "recipe": recipe.to_toml(self.recipe), "step": self.step, "seconds": self.seconds,
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
             "sparsifier": self.sparsifier.state_dict(), "twin": self.twin, "rows": self.rows,
+            "choices": self.choices, "layers": self.layers,
             "loss_sum": self.loss_sum, "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }  # fmt: skip
@@ -154,6 +169,7 @@ class Run:
         self.sparsifier.load_state_dict(state["sparsifier"])
         self.step, self.seconds, self.twin = state["step"], state["seconds"], state["twin"]
         self.rows, self.loss_sum = list(state["rows"]), state["loss_sum"].to(self.device)
+        self.choices, self.layers = dict(state["choices"]), list(state["layers"])
         self.sparsity = self.count_sparsity()
         torch.set_rng_state(state["random"].cpu())
         if self.device.type == "cuda" and state["random_cuda"] is not None:
@@ -221,7 +237,9 @@ def finish(run: Run, folder: Path) -> dict[str, Any]:
     print()
     for table in run_report.tables(result):
         print(f"\n{table.text()}")
-    print(f"\nMeasured on {result['machine']}")
+    print(f"\n{run_report.acceleration(result)}")
+    print(f"Measured on {result['machine']}")
+    sk.nn.restore(run.model)
     checkpoint.save(run.sparsifier.finalize().state_dict(), folder / "sparse.pt")
     checkpoint.save(run.twin, folder / "dense.pt")
     try:
@@ -245,7 +263,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace a finished run of that name")
 
 
-def run_command(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """`sparsekern train`: 0 when the run finished, 130 when it was stopped, 2 for an error that it explains."""
     try:
         settings = recipe.resolve(options.recipe, options.overrides)
@@ -260,13 +278,3 @@ def run_command(options: argparse.Namespace) -> int:
         print("stopped; the same command goes on from the last checkpoint, if there is one", file=sys.stderr)
         return 130
     return 0
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="sparsekern train", description=(__doc__ or "").splitlines()[0])
-    add_arguments(parser)
-    return run_command(parser.parse_args(arguments))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

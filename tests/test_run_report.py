@@ -2,6 +2,7 @@
 
 import base64
 import copy
+import io
 import re
 import struct
 import sys
@@ -39,8 +40,8 @@ def result():
         "name": "<b>odd</b>", "recipe": "seed = 0 # <script>", "device": "cpu", "machine": "a machine", "steps": 40,
         "seconds": 4.0, "metrics": rows, "sparse": scores, "dense": scores | {"accuracy": 0.9912, "sparsity": 0.01},
         "phases": [{"start": 0, "stop": 30, "sparsity": None}, {"start": 30, "stop": 40, "sparsity": 0.95}],
-        "layers": [{"name": "a", "shape": [2, 3], "weights": 6, "live": 3},
-                   {"name": "b", "shape": [4], "weights": 4, "live": 0}],
+        "layers": [{"name": "a", "shape": [2, 3], "weights": 6, "live": 3, "ran": "sparse 4x1"},
+                   {"name": "b", "shape": [4], "weights": 4, "live": 0, "ran": "dense: is faster"}],
         "speeds": [SPEED, LAYER, LAYER | {"what": "convolution forward + backward", "speedup": 0.25}],
     }  # fmt: skip
 
@@ -48,14 +49,16 @@ def result():
 def test_tables(result):
     networks, layers, speed, convolutions = run_report.tables(result)
     assert networks.rows[0][:2] == ("sparse", "0.9876") and networks.rows[1][:2] == ("dense twin", "0.9912")
-    assert layers.rows == [("a", "2x3", "6", "3", "0.5000"), ("b", "4", "4", "0", "1.0000"),
-                           ("overall", "", "10", "3", "0.7000")]  # fmt: skip
+    assert layers.rows == [
+        ("a", "2x3", "6", "3", "0.5000", "sparse 4x1"),
+        ("b", "4", "4", "0", "1.0000", "dense: is faster"),
+        ("overall", "", "10", "3", "0.7000", ""),
+    ]
     assert speed.rows == [("training step", "sparse phase", "dense phase", "~2.000", "1.000", "0.50x slower")]
     assert convolutions.rows == [("stem", "~1.000", "1.000", "3.00x", "~1.000", "1.000", "0.25x slower")]
-    lines = layers.text().splitlines()
-    assert (
-        lines[2] == "layer    shape  weights  live  sparsity" and lines[3] == "a          2x3        6     3    0.5000"
-    )
+    lines = networks.text().splitlines()
+    assert lines[2] == "network     accuracy  validation loss  output entropy  sparsity"
+    assert lines[4] == "dense twin    0.9912           0.1000          0.2000    0.0100"
     assert len(run_report.tables(result | {"speeds": []})) == 2
 
 
@@ -82,7 +85,8 @@ def test_page_is_whole_well_formed_and_needs_no_other_file(result):
     page.feed(text)
     assert page.links == ["data:image/png;base64," + base64.b64encode(b"picture").decode()]
     assert not page.open and not page.tags & {"script", "link", "b"} and "url(" not in text
-    for wanted in ("&lt;b&gt;odd", "# &lt;script&gt;", "0.9876", "0.50x slower", "overall", "a machine", "30", "0.375"):
+    for wanted in ("&lt;b&gt;odd", "# &lt;script&gt;", "0.9876", "0.50x slower", "overall", "a machine", "30", "0.375",
+                   "1 of 2 prunable layers (50%)"):  # fmt: skip
         assert wanted in text
     assert "Without curves" in run_report.page(result, None)
 
@@ -91,8 +95,16 @@ def test_curves(result):
     pytest.importorskip("matplotlib")
     picture = run_report.curves(result["metrics"], result["phases"])
     assert picture[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", picture[16:24]) == (1500, 960)
-    shaded = result["phases"][:1] + [{"start": 0, "stop": 40, "sparsity": 0.95}]
-    assert run_report.curves(result["metrics"], shaded) != picture
+    dense = [{"start": 0, "stop": 40, "sparsity": None}]
+    assert shaded_share(picture) > 0.1 and shaded_share(run_report.curves(result["metrics"], dense)) == 0
+
+
+def shaded_share(picture):
+    """Share of the pixels that have the colour of a sparse phase: #f0b429 at 22% over white."""
+    image = pytest.importorskip("PIL.Image").open(io.BytesIO(picture)).convert("RGB")
+    counts = {colour: count for count, colour in image.getcolors(1 << 20)}
+    near = sum(n for c, n in counts.items() if all(abs(x - y) <= 2 for x, y in zip(c, (252, 239, 208), strict=True)))
+    return near / (image.width * image.height)
 
 
 def test_without_matplotlib(result, monkeypatch):
@@ -137,4 +149,7 @@ def test_speeds_cover_every_hot_path_and_change_nothing(monkeypatch, one_thread)
         assert [row["case"].split()[0] for row in by_kind[what]] == layers
     for what, baselines in (("optimizer step", "SGD"), ("mask selection", "np.partition|torch.topk")):
         assert len(by_kind[what]) == 4 and all(re.search(baselines, row["baseline"]) for row in by_kind[what])
-    assert by_kind["training step"]
+    assert [row["case"] for row in by_kind["training step"]] == [
+        "sparse phase, accelerated", "sparse phase, plain", "dense phase, accelerated"
+    ]  # fmt: skip
+    assert {row["baseline"] for row in by_kind["training step"]} == {"dense phase, plain"}

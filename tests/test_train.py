@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 import sparsekern as sk
-from sparsekern import checkpoint, evaluation, models, recipe, run_report, train
+from sparsekern import checkpoint, cli, evaluation, models, recipe, run_report, train
 from sparsekern.progress import Progress
 
 pytest.importorskip("sklearn")
 # 48 steps: phases of two to seven steps, and twelve steps an epoch.
 TINY = ["epochs=4", "batch=128", "model.width=6", "threads=1", "measure=false", "optimizer.warmup_epochs=1",
-        "method.sparsity=0.8", "device=cpu"]  # fmt: skip
+        "method.sparsity=0.8", "device=cpu", "accelerate=always"]  # fmt: skip
 FILES = ("curves.png", "dense.pt", "metrics.jsonl", "recipe.toml", "report.html", "result.json", "sparse.pt")
 
 
@@ -115,8 +115,29 @@ def test_stopped_and_resumed_is_bit_for_bit_the_same(tmp_path, monkeypatch, drop
         torch.rand(3)  # another process would start from another random state
     monkeypatch.setattr(train, "Progress", Progress)
     train.train(settings, tmp_path / "stopped")
+    result = json.loads((tmp_path / "stopped/result.json").read_text())
+    assert all(layer["ran"].startswith("sparse") for layer in result["layers"])
     assert "Going on at step 1 of 48" in capsys.readouterr().out
     same(outcome(tmp_path / "straight"), outcome(tmp_path / "stopped"))
+
+
+def test_which_layers_run_sparse_is_measured_once_and_kept_in_the_checkpoint(tmp_path, monkeypatch, no_picture):
+    asked = []
+
+    def measured(layer, structure, input):
+        asked.append(layer)
+        return len(asked) % 2 == 1
+
+    monkeypatch.setattr(sk.nn, "measured_choice", measured)
+    settings = recipe.resolve("digits", [*TINY, "accelerate=measured"])
+    act_at(monkeypatch, 40, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(train.Stopped):
+        train.train(settings, tmp_path)
+    before = len(asked)
+    monkeypatch.setattr(train, "Progress", Progress)
+    result = train.train(settings, tmp_path)
+    assert before > len(result["layers"]) and len(asked) == before
+    assert {layer["ran"].split()[0] for layer in result["layers"]} == {"sparse", "dense:"}
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, which fails as a full disk does")
@@ -142,7 +163,7 @@ def test_crash_and_full_disk_lose_no_more_than_an_epoch(tmp_path, monkeypatch, d
 
 
 def test_ctrl_c_from_the_command_line(tmp_path):
-    command = [sys.executable, "-m", "sparsekern.train", "digits", *TINY, "epochs=60", "--name", "stopped"]
+    command = [sys.executable, "-m", "sparsekern", "train", "digits", *TINY, "epochs=60", "--name", "stopped"]
     environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(train.__file__))}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "runs/stopped/checkpoint.pt").exists() and process.poll() is None:
@@ -157,13 +178,13 @@ def test_ctrl_c_from_the_command_line(tmp_path):
 def test_bad_input_is_explained_and_changes_nothing(tmp_path, monkeypatch, no_picture, capsys):
     monkeypatch.chdir(tmp_path)
     act_at(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert train.main(["digits", *TINY]) == 130
+    assert cli.main(["train", "digits", *TINY]) == 130
     path = tmp_path / "runs/digits/checkpoint.pt"
     good = path.read_bytes()
     monkeypatch.setattr(train, "Progress", Progress)
 
     def refused(*arguments):
-        assert train.main(["digits", *TINY, *arguments]) == 2
+        assert cli.main(["train", "digits", *TINY, *arguments]) == 2
         return capsys.readouterr().err
 
     assert "epochs: given 'x' (str)" in refused("epochs=x")
@@ -175,7 +196,7 @@ def test_bad_input_is_explained_and_changes_nothing(tmp_path, monkeypatch, no_pi
     checkpoint.save({"version": 99}, path)
     assert "is of version 99, this program reads 1" in refused()
     path.write_bytes(good)
-    assert train.main(["digits", *TINY]) == 0
+    assert cli.main(["train", "digits", *TINY]) == 0
     assert "holds a finished run" in refused()
     if not torch.cuda.is_available():
         assert "device: given 'cuda', allowed without a GPU" in refused("device=cuda", "--overwrite")
