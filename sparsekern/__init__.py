@@ -2,11 +2,13 @@
 
 from sparsekern import _library, nn, ops
 from sparsekern.distributions import global_budget, keep_count, uniform
+from sparsekern.learning_rates import constant_lr, cosine_lr, linear_lr
 from sparsekern.masks import MaskSet
 from sparsekern.methods import ACDC
 from sparsekern.optim import MaskedSGD
+from sparsekern.phases import Dense, Sparse
 from sparsekern.report import sparsity_report
-from sparsekern.schedules import Dense, Sparse, acdc_schedule, constant_lr, cosine_lr, linear_lr
+from sparsekern.schedules import acdc_schedule
 
 degradation = _library.load_kernels()
 """Empty when the compiled kernels are in use, else the reason why they are not."""
