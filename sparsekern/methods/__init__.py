@@ -2,5 +2,9 @@
 
 from sparsekern.methods.acdc import ACDC
 from sparsekern.methods.base import Sparsifier
+from sparsekern.methods.dense import DenseTraining
+from sparsekern.methods.fixed_mask import FixedMask
+from sparsekern.methods.lottery_ticket import LotteryTicket
+from sparsekern.methods.one_shot import OneShot
 
-__all__ = ["ACDC", "Sparsifier"]
+__all__ = ["ACDC", "DenseTraining", "FixedMask", "LotteryTicket", "OneShot", "Sparsifier"]
