@@ -67,9 +67,9 @@ def erk(
 ) -> dict[str, int]:
     """Kept weights per layer in the Erdos-Renyi-Kernel distribution (arXiv 1911.11134; google-research/rigl).
 
-    A layer's density is eps * sum(shape) / product(shape), over all dimensions; eps is such that the whole keeps exactly
-    `global_budget`. Layers that would exceed 1 are dense, and eps is solved again for the others until none does.
-    Fractions are rounded down and what is missing goes to the largest remainders, so the counts add up exactly. `sizes`
+    A layer's density is eps * sum(shape) / product(shape), over all dimensions; eps is such that the whole keeps
+    exactly `global_budget`. Layers that would exceed 1 are dense, and eps is solved again for the others until none
+    does. Counts are rounded down and what is missing goes to the largest remainders, so they add up exactly. `sizes`
     counts something other than weights, such as blocks of four, at the same densities.
     """
     if sizes is None:
