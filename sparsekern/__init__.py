@@ -4,7 +4,15 @@ from sparsekern import _library, nn, ops
 from sparsekern.batch_norm import reestimate_batch_norm
 from sparsekern.distributions import global_budget, keep_count, uniform
 from sparsekern.masks import MaskSet
-from sparsekern.methods import ACDC, DenseTraining, FixedMask, LotteryTicket, OneShot
+from sparsekern.methods import (
+    ACDC,
+    DenseTraining,
+    FixedMask,
+    LotteryTicket,
+    OneShot,
+    Powerpropagation,
+    TopKAST,
+)  # fmt: skip
 from sparsekern.optim import MaskedSGD
 from sparsekern.report import sparsity_report
 from sparsekern.schedules import Dense, Sparse, acdc_schedule, constant_lr, cosine_lr, linear_lr
@@ -14,7 +22,8 @@ degradation = _library.load_kernels()
 
 __version__ = "0.1.0.dev0"
 __all__ = [
-    "ACDC", "Dense", "DenseTraining", "FixedMask", "LotteryTicket", "MaskSet", "MaskedSGD", "OneShot", "Sparse",
-    "__version__", "acdc_schedule", "constant_lr", "cosine_lr", "degradation", "global_budget", "keep_count",
-    "linear_lr", "nn", "ops", "reestimate_batch_norm", "sparsity_report", "uniform",
+    "ACDC", "Dense", "DenseTraining", "FixedMask", "LotteryTicket", "MaskSet", "MaskedSGD", "OneShot",
+    "Powerpropagation", "Sparse", "TopKAST", "__version__", "acdc_schedule", "constant_lr", "cosine_lr",
+    "degradation", "global_budget", "keep_count", "linear_lr", "nn", "ops", "reestimate_batch_norm",
+    "sparsity_report", "uniform",
 ]  # fmt: skip

@@ -6,5 +6,10 @@ from sparsekern.methods.dense import DenseTraining
 from sparsekern.methods.fixed_mask import FixedMask
 from sparsekern.methods.lottery_ticket import LotteryTicket
 from sparsekern.methods.one_shot import OneShot
+from sparsekern.methods.powerpropagation import Powerpropagation
+from sparsekern.methods.topkast import TopKAST
 
-__all__ = ["ACDC", "DenseTraining", "FixedMask", "LotteryTicket", "OneShot", "Sparsifier"]
+__all__ = [
+    "ACDC", "DenseTraining", "FixedMask", "LotteryTicket", "OneShot", "Powerpropagation", "Sparsifier",
+    "TopKAST",
+]  # fmt: skip

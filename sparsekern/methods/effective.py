@@ -2,8 +2,8 @@
 
 A layer's weight stays the same Parameter under the same name and keeps dense values (the store). For the duration of a
 layer's forward pass a pre-hook shadows it by the effective weight, which autograd connects to the store; a hook that
-also runs after an exception takes the shadow away. So parameters, optimizers, state dicts and shared weights see nothing
-of it. `finalize` writes the effective weights into the store and leaves a plain module.
+also runs after an exception takes the shadow away. So parameters, optimizers, state dicts and shared weights see
+nothing of it. `finalize` writes the effective weights into the store and leaves a plain module.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class EffectiveSparsifier(Sparsifier):
     Models copied while attached (averages of weights, for example) compute their forward weights by the same masks.
     `masks` says which effective weights are live. Weights and momentum of the others are not zero in the store.
 
-    A subclass implements `effective`. It runs inside torch.compile: what changes from step to step must reach it as
-    tensors.
+    A subclass implements `effective` and `_begin`. `effective` runs inside torch.compile: what changes from step to
+    step must reach it as tensors.
     """
 
     def effective(self, name: str, weight: Tensor) -> Tensor:
@@ -80,8 +80,11 @@ class EffectiveSparsifier(Sparsifier):
                     f"exclude: must cover {path}.out_proj.weight, whose layer is never called by torch's "
                     f"MultiheadAttention, so {type(self).__name__} cannot replace its weight"
                 )
-        self._kept: dict[str, Tensor] = {}
+        self._begin()
         self._refresh_kept()
+
+    def _begin(self) -> None:
+        """Choose the first masks and bring the weights into the form of the store; called by `_start`."""
 
     def _register(self) -> None:
         self._fused = False  # the optimizer updates the dense store and knows no masks
