@@ -6,6 +6,8 @@ from sparsekern.distributions import global_budget, keep_count, uniform
 from sparsekern.masks import MaskSet
 from sparsekern.methods import (
     ACDC,
+    SRSTE,
+    STEP,
     DenseTraining,
     FixedMask,
     LotteryTicket,
@@ -23,7 +25,7 @@ degradation = _library.load_kernels()
 __version__ = "0.1.0.dev0"
 __all__ = [
     "ACDC", "Dense", "DenseTraining", "FixedMask", "LotteryTicket", "MaskSet", "MaskedSGD", "OneShot",
-    "Powerpropagation", "Sparse", "TopKAST", "__version__", "acdc_schedule", "constant_lr", "cosine_lr",
-    "degradation", "global_budget", "keep_count", "linear_lr", "nn", "ops", "reestimate_batch_norm",
-    "sparsity_report", "uniform",
+    "Powerpropagation", "SRSTE", "STEP", "Sparse", "TopKAST", "__version__", "acdc_schedule", "constant_lr",
+    "cosine_lr", "degradation", "global_budget", "keep_count", "linear_lr", "nn", "ops",
+    "reestimate_batch_norm", "sparsity_report", "uniform",
 ]  # fmt: skip

@@ -15,6 +15,7 @@ PHASES = PhaseSchedule((PhaseSpan(0, 2, sk.Dense()), PhaseSpan(2, 8, sk.Sparse(0
 METHODS = {
     "topkast": lambda: sk.TopKAST(0.8, 0.5, every=2),
     "topkast-power": lambda: sk.TopKAST(0.8, 0.5, alpha=2.0),
+    "srste": lambda: sk.SRSTE(),
     "power": lambda: sk.Powerpropagation(1.5, PHASES),
 }
 every_method = pytest.mark.parametrize("method", METHODS)

@@ -7,9 +7,11 @@ from sparsekern.methods.fixed_mask import FixedMask
 from sparsekern.methods.lottery_ticket import LotteryTicket
 from sparsekern.methods.one_shot import OneShot
 from sparsekern.methods.powerpropagation import Powerpropagation
+from sparsekern.methods.srste import SRSTE
+from sparsekern.methods.step import STEP
 from sparsekern.methods.topkast import TopKAST
 
 __all__ = [
-    "ACDC", "DenseTraining", "FixedMask", "LotteryTicket", "OneShot", "Powerpropagation", "Sparsifier",
-    "TopKAST",
+    "ACDC", "DenseTraining", "FixedMask", "LotteryTicket", "OneShot", "Powerpropagation", "SRSTE", "STEP",
+    "Sparsifier", "TopKAST",
 ]  # fmt: skip
