@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from acdc_run import OPTIMIZERS, SCHEDULE, batch, iterate, momenta, network, setup, zeros
+from acdc_run import SCHEDULE, setup, zeros
+from method_steps import OPTIMIZERS, batch, iterate, momenta, network
 from torch import nn
 
 import sparsekern as sk

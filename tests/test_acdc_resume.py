@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from acdc_run import OPTIMIZERS, batch, iterate, setup
+from acdc_run import setup
+from method_steps import OPTIMIZERS, batch, iterate, resumed_from
 from torch import nn
 
 import sparsekern as sk
@@ -69,11 +70,7 @@ def test_resume_with_a_change_waiting(kind, pause):
 
 
 def resumed(parts, kind):
-    saved = copy.deepcopy([part.state_dict() for part in parts])
-    again = setup(kind)
-    for part, state in zip(again, saved, strict=True):
-        part.load_state_dict(state)
-    return again
+    return resumed_from(parts, setup(kind))
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)

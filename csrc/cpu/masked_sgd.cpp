@@ -119,10 +119,12 @@ void masked_sgd_cpu(std::vector<Tensor> params, std::vector<Tensor> grads, std::
   const int64_t tasks = first_task[count], grain = tasks / std::max(int64_t{1}, elements / kGrain) + 1;
   torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
     size_t i = std::upper_bound(first_task.begin(), first_task.end(), begin) - first_task.begin() - 1;
-    for (int64_t task = begin; task < end; ++task) {
-      while (task >= first_task[i + 1]) ++i;
-      const int64_t from = (task - first_task[i]) * kGrain;
-      step(tensors[i], options, from, std::min(from + kGrain, static_cast<int64_t>(params[i].numel())));
+    while (begin < end) {
+      while (begin >= first_task[i + 1]) ++i;
+      const int64_t until = std::min(end, first_task[i + 1]), size = params[i].numel();
+      // All tasks of one tensor in one call, which can then fetch memory ahead without a break.
+      step(tensors[i], options, (begin - first_task[i]) * kGrain, std::min((until - first_task[i]) * kGrain, size));
+      begin = until;
     }
   });
   std::fill(is_fresh, is_fresh + count, uint8_t{0});

@@ -76,12 +76,10 @@ def _parse_pattern(pattern: str) -> tuple[str, int, int]:
     raise ValueError(f"pattern={pattern!r}: expected {_PATTERNS}")
 
 
-def _group_count(score: Tensor, name: str) -> int:
-    """How many groups ``keep`` can choose from in one tensor."""
-    if name not in _BLOCK_AXIS:
-        return score.numel()
-    axis, count = _BLOCK_AXIS[name], 1
-    for dim, size in enumerate(score.shape):
+def group_count(shape: Sequence[int], pattern: str) -> int:
+    """How many groups ``keep`` can choose from in one tensor; n:m patterns count weights."""
+    axis, count = _BLOCK_AXIS.get(_parse_pattern(pattern)[0]), 1
+    for dim, size in enumerate(shape):
         count *= -(-size // 4) if dim == axis else size
     return count
 
@@ -236,7 +234,7 @@ def _check_keep(scores: Sequence[Tensor], keep: object, name: str, n: int) -> tu
         return [], False
     if keep is None:
         raise ValueError(f"keep=None: expected an int or a list of ints for pattern={name!r}")
-    groups = [_group_count(score, name) for score in scores]
+    groups = [group_count(score.shape, name) for score in scores]
     if not isinstance(keep, (list, tuple)):
         return [_check_count("keep", keep, sum(groups))], True
     if len(keep) != len(scores):
