@@ -6,26 +6,32 @@ from sparsekern.distributions import global_budget, keep_count, uniform
 from sparsekern.masks import MaskSet
 from sparsekern.methods import (
     ACDC,
+    GMP,
+    SET,
     SRSTE,
     STEP,
     DenseTraining,
     FixedMask,
+    GraNet,
     LotteryTicket,
     OneShot,
     Powerpropagation,
+    RigL,
+    RigLITOP,
     TopKAST,
 )  # fmt: skip
 from sparsekern.optim import MaskedSGD
 from sparsekern.report import sparsity_report
 from sparsekern.schedules import Dense, Sparse, acdc_schedule, constant_lr, cosine_lr, linear_lr
+from sparsekern.updates import update_schedule
 
 degradation = _library.load_kernels()
 """Empty when the compiled kernels are in use, else the reason why they are not."""
 
 __version__ = "0.1.0.dev0"
 __all__ = [
-    "ACDC", "Dense", "DenseTraining", "FixedMask", "LotteryTicket", "MaskSet", "MaskedSGD", "OneShot",
-    "Powerpropagation", "SRSTE", "STEP", "Sparse", "TopKAST", "__version__", "acdc_schedule", "constant_lr",
-    "cosine_lr", "degradation", "global_budget", "keep_count", "linear_lr", "nn", "ops",
-    "reestimate_batch_norm", "sparsity_report", "uniform",
+    "ACDC", "Dense", "DenseTraining", "FixedMask", "GMP", "GraNet", "LotteryTicket", "MaskSet", "MaskedSGD",
+    "OneShot", "Powerpropagation", "RigL", "RigLITOP", "SET", "SRSTE", "STEP", "Sparse", "TopKAST",
+    "__version__", "acdc_schedule", "constant_lr", "cosine_lr", "degradation", "global_budget", "keep_count",
+    "linear_lr", "nn", "ops", "reestimate_batch_norm", "sparsity_report", "uniform", "update_schedule",
 ]  # fmt: skip

@@ -44,3 +44,10 @@ def resumed_from(parts, again):
     for part, state in zip(again, saved, strict=True):
         part.load_state_dict(state)
     return again
+
+
+def assert_pruned_are_zero(model, optimizer, sparsifier):
+    for name in sparsifier.masks:
+        parameter, pruned = sparsifier.masks.parameter(name), ~sparsifier.masks.bool(name)
+        assert not parameter[pruned].any()
+        assert not any(m[pruned].any() for m in momenta(optimizer, parameter))
