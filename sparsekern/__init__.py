@@ -9,6 +9,7 @@ from sparsekern.methods import (
     GMP,
     SET,
     SRSTE,
+    ST3,
     STEP,
     DenseTraining,
     FixedMask,
@@ -31,7 +32,7 @@ degradation = _library.load_kernels()
 __version__ = "0.1.0.dev0"
 __all__ = [
     "ACDC", "Dense", "DenseTraining", "FixedMask", "GMP", "GraNet", "LotteryTicket", "MaskSet", "MaskedSGD",
-    "OneShot", "Powerpropagation", "RigL", "RigLITOP", "SET", "SRSTE", "STEP", "Sparse", "TopKAST",
+    "OneShot", "Powerpropagation", "RigL", "RigLITOP", "SET", "SRSTE", "ST3", "STEP", "Sparse", "TopKAST",
     "__version__", "acdc_schedule", "constant_lr", "cosine_lr", "degradation", "global_budget", "keep_count",
     "linear_lr", "nn", "ops", "reestimate_batch_norm", "sparsity_report", "uniform", "update_schedule",
 ]  # fmt: skip

@@ -10,12 +10,15 @@ from torch import nn
 
 import sparsekern as sk
 from sparsekern.schedules import PhaseSchedule, PhaseSpan
+from sparsekern.updates import UpdateSchedule
 
 PHASES = PhaseSchedule((PhaseSpan(0, 2, sk.Dense()), PhaseSpan(2, 8, sk.Sparse(0.8))))
 METHODS = {
     "topkast": lambda: sk.TopKAST(0.8, 0.5, every=2),
     "topkast-power": lambda: sk.TopKAST(0.8, 0.5, alpha=2.0),
     "srste": lambda: sk.SRSTE(),
+    "st3": lambda: sk.ST3(0.8, UpdateSchedule(1, 4, 1, 8)),
+    "st3-sigma": lambda: sk.ST3(0.8, UpdateSchedule(1, 4, 2, 8), sigma=True),
     "power": lambda: sk.Powerpropagation(1.5, PHASES),
 }
 every_method = pytest.mark.parametrize("method", METHODS)

@@ -13,10 +13,11 @@ from sparsekern.methods.powerpropagation import Powerpropagation
 from sparsekern.methods.rigl import RigL
 from sparsekern.methods.set import SET
 from sparsekern.methods.srste import SRSTE
+from sparsekern.methods.st3 import ST3
 from sparsekern.methods.step import STEP
 from sparsekern.methods.topkast import TopKAST
 
 __all__ = [
     "ACDC", "DenseTraining", "FixedMask", "GMP", "GraNet", "LotteryTicket", "OneShot", "Powerpropagation",
-    "RigL", "RigLITOP", "SET", "SRSTE", "STEP", "Sparsifier", "TopKAST",
+    "RigL", "RigLITOP", "SET", "SRSTE", "ST3", "STEP", "Sparsifier", "TopKAST",
 ]  # fmt: skip

@@ -144,8 +144,8 @@ class STEP(EffectiveSparsifier):
         for p in self._parameters():
             if p.grad is not None and not at_switch.get(p):
                 raise RuntimeError(
-                    f"optimizer: a parameter of shape {tuple(p.shape)} first got a gradient after STEP froze the second "
-                    "moment, so it has none; train it before the switch or in an optimizer of its own"
+                    f"optimizer: a parameter of shape {tuple(p.shape)} first got a gradient after STEP froze the "
+                    "second moment, so it has none; train it before the switch or in an optimizer of its own"
                 )
         for group in self.optimizer.param_groups:
             decoupled = group.get("decoupled_weight_decay", isinstance(self.optimizer, torch.optim.AdamW))
