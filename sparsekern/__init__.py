@@ -11,14 +11,17 @@ from sparsekern.methods import (
     SRSTE,
     ST3,
     STEP,
+    STR,
     DenseTraining,
     FixedMask,
     GraNet,
     LotteryTicket,
+    Movement,
     OneShot,
     Powerpropagation,
     RigL,
     RigLITOP,
+    SoftMovement,
     TopKAST,
 )  # fmt: skip
 from sparsekern.optim import MaskedSGD
@@ -32,7 +35,8 @@ degradation = _library.load_kernels()
 __version__ = "0.1.0.dev0"
 __all__ = [
     "ACDC", "Dense", "DenseTraining", "FixedMask", "GMP", "GraNet", "LotteryTicket", "MaskSet", "MaskedSGD",
-    "OneShot", "Powerpropagation", "RigL", "RigLITOP", "SET", "SRSTE", "ST3", "STEP", "Sparse", "TopKAST",
-    "__version__", "acdc_schedule", "constant_lr", "cosine_lr", "degradation", "global_budget", "keep_count",
-    "linear_lr", "nn", "ops", "reestimate_batch_norm", "sparsity_report", "uniform", "update_schedule",
+    "Movement", "OneShot", "Powerpropagation", "RigL", "RigLITOP", "SET", "SRSTE", "ST3", "STEP", "STR",
+    "SoftMovement", "Sparse", "TopKAST", "__version__", "acdc_schedule", "constant_lr", "cosine_lr",
+    "degradation", "global_budget", "keep_count", "linear_lr", "nn", "ops", "reestimate_batch_norm",
+    "sparsity_report", "uniform", "update_schedule",
 ]  # fmt: skip
