@@ -7,6 +7,7 @@ from sparsekern.masks import MaskSet
 from sparsekern.methods import (
     ACDC,
     GMP,
+    OBERT,
     SET,
     SRSTE,
     ST3,
@@ -35,8 +36,8 @@ degradation = _library.load_kernels()
 __version__ = "0.1.0.dev0"
 __all__ = [
     "ACDC", "Dense", "DenseTraining", "FixedMask", "GMP", "GraNet", "LotteryTicket", "MaskSet", "MaskedSGD",
-    "Movement", "OneShot", "Powerpropagation", "RigL", "RigLITOP", "SET", "SRSTE", "ST3", "STEP", "STR",
-    "SoftMovement", "Sparse", "TopKAST", "__version__", "acdc_schedule", "constant_lr", "cosine_lr",
+    "Movement", "OBERT", "OneShot", "Powerpropagation", "RigL", "RigLITOP", "SET", "SRSTE", "ST3", "STEP",
+    "STR", "SoftMovement", "Sparse", "TopKAST", "__version__", "acdc_schedule", "constant_lr", "cosine_lr",
     "degradation", "global_budget", "keep_count", "linear_lr", "nn", "ops", "reestimate_batch_norm",
     "sparsity_report", "uniform", "update_schedule",
 ]  # fmt: skip

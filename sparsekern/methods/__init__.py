@@ -9,6 +9,7 @@ from sparsekern.methods.granet import GraNet
 from sparsekern.methods.itop import RigLITOP
 from sparsekern.methods.lottery_ticket import LotteryTicket
 from sparsekern.methods.movement import Movement, SoftMovement
+from sparsekern.methods.obert import OBERT
 from sparsekern.methods.one_shot import OneShot
 from sparsekern.methods.powerpropagation import Powerpropagation
 from sparsekern.methods.rigl import RigL
@@ -20,7 +21,7 @@ from sparsekern.methods.str import STR
 from sparsekern.methods.topkast import TopKAST
 
 __all__ = [
-    "ACDC", "DenseTraining", "FixedMask", "GMP", "GraNet", "LotteryTicket", "Movement", "OneShot",
+    "ACDC", "DenseTraining", "FixedMask", "GMP", "GraNet", "LotteryTicket", "Movement", "OBERT", "OneShot",
     "Powerpropagation", "RigL", "RigLITOP", "SET", "SRSTE", "ST3", "STEP", "STR", "SoftMovement", "Sparsifier",
     "TopKAST",
 ]  # fmt: skip
