@@ -1,6 +1,7 @@
 """Sparse training methods, one file per paper."""
 
 from sparsekern.methods.acdc import ACDC
+from sparsekern.methods.allocation import planned_masks
 from sparsekern.methods.base import Sparsifier
 from sparsekern.methods.gmp import GMP
 from sparsekern.methods.granet import GraNet
@@ -8,4 +9,4 @@ from sparsekern.methods.itop import RigLITOP
 from sparsekern.methods.rigl import RigL
 from sparsekern.methods.set import SET
 
-__all__ = ["ACDC", "GMP", "GraNet", "RigL", "RigLITOP", "SET", "Sparsifier"]
+__all__ = ["ACDC", "GMP", "GraNet", "RigL", "RigLITOP", "SET", "Sparsifier", "planned_masks"]

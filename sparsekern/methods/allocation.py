@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparsekern.distributions import check_sparsity, erk, keep_count, uniform
 from sparsekern.masks import MaskSet
-from sparsekern.methods.selection import check_patterns, layer_weights
+from sparsekern.methods.selection import check_patterns, layer_weights, prunable_weights
 from sparsekern.ops import topk_mask
 from sparsekern.ops.topk_mask import group_count
 
@@ -125,3 +125,21 @@ class Allocation:
                 values = values.repeat_interleave(4, axis).narrow(axis, 0, shape[axis])
             found[name] = torch.empty_like(masks.parameter(name), dtype=torch.float32).copy_(values)
         return found
+
+
+def planned_masks(
+    model: nn.Module,
+    sparsity: float,
+    *,
+    pattern: str = "unstructured",
+    distribution: str = "global",
+    layer_sparsity: Mapping[str, float] | None = None,
+    include: Sequence[str] = (".*",),
+    exclude: Sequence[str] = (),
+) -> MaskSet:
+    """The masks that a method would choose by the present weights; the model stays as it is. Arguments as there."""
+    allocation = Allocation(pattern, distribution, layer_sparsity)
+    masks = MaskSet(prunable_weights(model, include, exclude))
+    allocation.bind(model, masks)
+    allocation.select(masks, allocation.budget(sparsity))
+    return masks
