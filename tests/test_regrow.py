@@ -173,6 +173,24 @@ def test_blocks_are_dropped_and_grown_whole(method, pattern):
             assert torch.equal(block.any(dim), block.all(dim))
 
 
+def test_compiled_model_neither_breaks_nor_recompiles():
+    model, optimizer, sparsifier = setup()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    iterate(compiled, optimizer, sparsifier, 0, 1)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        iterate(compiled, optimizer, sparsifier, 1, 8)
+    plain = setup()
+    iterate(*plain, 0, 8)
+    torch.testing.assert_close(model.state_dict(), plain[0].state_dict())
+
+
+def test_timeline_says_what_an_update_does():
+    assert setup()[2].timeline().startswith("3 mask updates: every 3 steps from step 3 to 9 of 12, each instead of the")
+    assert "drops 0.3 of a layer's live weights at first, 0 at the end" in setup()[2].timeline()
+    assert setup("granet")[2].timeline().endswith("sparsity 0.5 to 0.8 until step 4")
+
+
 def test_random_masks_depend_on_the_seed_alone():
     hashes = [setup(seed=s)[2].masks.hash() for s in (0, 0, 1)]
     assert hashes[0] == hashes[1] != hashes[2]

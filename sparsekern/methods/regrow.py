@@ -52,6 +52,11 @@ class Regrowing(IntervalSparsifier):
         check_sparsity(self.last_fraction, "last_fraction")
         self.seed = seed
 
+    def timeline(self) -> str:
+        how = "after the step there" if self.AFTER_STEP else "instead of the step there"
+        share = f"drops {self.fraction(0):.6g} of a layer's live weights at first, {self.last_fraction:.6g} at the end"
+        return f"{super().timeline()}, each {how}; an update {share}"
+
     def initial_sparsity(self) -> float:
         """The sparsity of the random masks that training starts with."""
         return self.sparsity
