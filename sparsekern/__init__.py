@@ -2,7 +2,8 @@
 
 from sparsekern import _library, nn, ops
 from sparsekern.batch_norm import reestimate_batch_norm
-from sparsekern.distributions import global_budget, keep_count, uniform
+from sparsekern.distributions import erk, global_budget, keep_count, uniform
+from sparsekern.flops import dry_run
 from sparsekern.masks import MaskSet
 from sparsekern.methods import (
     ACDC,
@@ -24,7 +25,8 @@ from sparsekern.methods import (
     RigLITOP,
     SoftMovement,
     TopKAST,
-)  # fmt: skip
+    planned_masks,
+)
 from sparsekern.optim import MaskedSGD
 from sparsekern.report import sparsity_report
 from sparsekern.schedules import Dense, Sparse, acdc_schedule, constant_lr, cosine_lr, linear_lr
@@ -38,6 +40,6 @@ __all__ = [
     "ACDC", "Dense", "DenseTraining", "FixedMask", "GMP", "GraNet", "LotteryTicket", "MaskSet", "MaskedSGD",
     "Movement", "OBERT", "OneShot", "Powerpropagation", "RigL", "RigLITOP", "SET", "SRSTE", "ST3", "STEP",
     "STR", "SoftMovement", "Sparse", "TopKAST", "__version__", "acdc_schedule", "constant_lr", "cosine_lr",
-    "degradation", "global_budget", "keep_count", "linear_lr", "nn", "ops", "reestimate_batch_norm",
-    "sparsity_report", "uniform", "update_schedule",
+    "degradation", "dry_run", "erk", "global_budget", "keep_count", "linear_lr", "nn", "ops", "planned_masks",
+    "reestimate_batch_norm", "sparsity_report", "uniform", "update_schedule",
 ]  # fmt: skip

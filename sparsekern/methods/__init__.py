@@ -1,6 +1,7 @@
 """Sparse training methods, one file per paper."""
 
 from sparsekern.methods.acdc import ACDC
+from sparsekern.methods.allocation import planned_masks
 from sparsekern.methods.base import Sparsifier
 from sparsekern.methods.dense import DenseTraining
 from sparsekern.methods.fixed_mask import FixedMask
@@ -23,5 +24,5 @@ from sparsekern.methods.topkast import TopKAST
 __all__ = [
     "ACDC", "DenseTraining", "FixedMask", "GMP", "GraNet", "LotteryTicket", "Movement", "OBERT", "OneShot",
     "Powerpropagation", "RigL", "RigLITOP", "SET", "SRSTE", "ST3", "STEP", "STR", "SoftMovement", "Sparsifier",
-    "TopKAST",
+    "TopKAST", "planned_masks",
 ]  # fmt: skip
