@@ -4,6 +4,7 @@ from sparsekern import _library, nn, ops
 from sparsekern.batch_norm import reestimate_batch_norm
 from sparsekern.distributions import erk, global_budget, keep_count, uniform
 from sparsekern.flops import dry_run
+from sparsekern.learning_rates import constant_lr, cosine_lr, linear_lr
 from sparsekern.masks import MaskSet
 from sparsekern.methods import (
     ACDC,
@@ -28,8 +29,9 @@ from sparsekern.methods import (
     planned_masks,
 )
 from sparsekern.optim import MaskedSGD
+from sparsekern.phases import Dense, Sparse
 from sparsekern.report import sparsity_report
-from sparsekern.schedules import Dense, Sparse, acdc_schedule, constant_lr, cosine_lr, linear_lr
+from sparsekern.schedules import acdc_schedule
 from sparsekern.updates import update_schedule
 
 degradation = _library.load_kernels()

@@ -9,7 +9,7 @@ from method_steps import OPTIMIZERS, batch, iterate, network
 from torch import nn
 
 import sparsekern as sk
-from sparsekern.schedules import PhaseSchedule, PhaseSpan
+from sparsekern.phases import PhaseSchedule, PhaseSpan
 from sparsekern.updates import UpdateSchedule
 
 PHASES = PhaseSchedule((PhaseSpan(0, 2, sk.Dense()), PhaseSpan(2, 8, sk.Sparse(0.8))))

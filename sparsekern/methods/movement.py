@@ -19,7 +19,7 @@ from sparsekern.methods.learnables import Learnables, check_number
 from sparsekern.methods.repeated import Ramped
 from sparsekern.ops import pack_mask, topk_mask
 from sparsekern.ops.topk_mask import group_count
-from sparsekern.schedules import Dense, Phase, Sparse
+from sparsekern.phases import Dense, Phase, Sparse
 from sparsekern.updates import UpdatePlan, UpdateSchedule
 
 _PUBLISHED_RATIO = 1e-2 / 3e-5

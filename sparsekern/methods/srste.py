@@ -11,7 +11,7 @@ from sparsekern.methods.effective import EffectiveSparsifier
 from sparsekern.methods.held import Constant
 from sparsekern.methods.n_of_m import check_n_of_m, select_n_of_m
 from sparsekern.methods.repeated import Repeated
-from sparsekern.schedules import Sparse
+from sparsekern.phases import Sparse
 
 
 class SRSTE(Repeated, EffectiveSparsifier):

@@ -17,7 +17,7 @@ from sparsekern.distributions import check_sparsity
 from sparsekern.methods.effective import EffectiveSparsifier, only_unstructured, straight_through, to_device
 from sparsekern.methods.repeated import Ramped
 from sparsekern.ops import topk_mask, unpack_mask
-from sparsekern.schedules import Dense, Phase, Sparse
+from sparsekern.phases import Dense, Phase, Sparse
 from sparsekern.updates import UpdatePlan, UpdateSchedule
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from sparsekern.methods.effective import EffectiveSparsifier, only_unstructured, to_device
 from sparsekern.methods.held import Constant
 from sparsekern.methods.learnables import Learnables, check_number
-from sparsekern.schedules import Dense
+from sparsekern.phases import Dense
 
 
 class STR(EffectiveSparsifier):

@@ -20,7 +20,7 @@ from sparsekern.methods.effective import EffectiveSparsifier, straight_through, 
 from sparsekern.methods.held import Constant
 from sparsekern.methods.powerpropagation import change_power, check_alpha, power
 from sparsekern.methods.repeated import Repeated
-from sparsekern.schedules import Sparse
+from sparsekern.phases import Sparse
 
 
 class TopKAST(Repeated, EffectiveSparsifier):
