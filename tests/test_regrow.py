@@ -24,8 +24,8 @@ def live(sparsifier):
     return [sparsifier.allocation.live(sparsifier.masks, name) for name in sparsifier.masks]
 
 
-def one_layer(gradient, kind, weight=(0.9, -0.8, 0.1, 0, 0, 0), policy="mask"):
-    """One update of a single row whose first three weights are live."""
+def one_layer(gradient, kind, weight=(0.9, -0.8, 0.1, 0, 0, 0), policy="mask", live=(0, 1, 2)):
+    """One update of a single row with three live weights."""
     layer = nn.Linear(6, 1, bias=False)
     if kind == "masked":
         optimizer = sk.MaskedSGD(layer.parameters(), lr=0.1, momentum=0.9, momentum_policy=policy)
@@ -33,7 +33,7 @@ def one_layer(gradient, kind, weight=(0.9, -0.8, 0.1, 0, 0, 0), policy="mask"):
         optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
     sparsifier = sk.RigL(0.5, UpdateSchedule(1, 1, 1, 2), drop_fraction=0.34, last_fraction=0.34)
     sparsifier.attach(layer, optimizer, verbose=False)
-    sparsifier.masks.set("weight", torch.arange(6).reshape(1, 6) < 3)
+    sparsifier.masks.set("weight", torch.tensor([[i in live for i in range(6)]]))
     layer.weight.data = torch.tensor([weight])
     layer.weight.grad = torch.zeros(1, 6)
     optimizer.step()
@@ -60,6 +60,12 @@ def test_what_is_dropped_and_grown_again_keeps_value_and_momentum(kind):
     assert mask.tolist() == [True, True, True, False, False, False]
     torch.testing.assert_close(weight, torch.tensor([0.9, -0.8, 0.1, 0, 0, 0]), rtol=0, atol=0)
     torch.testing.assert_close(momentum, torch.tensor([0.1, 0.2, 0.3, 0, 0, 0]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["masked", "sgd"])
+def test_live_zeros_stay_before_pruned_ones(kind):
+    _, _, mask = one_layer([0.0, 0.0, 0.9, 0.5, 0.5, 0.5], kind, weight=[0.0] * 6, live=(3, 4, 5))
+    assert mask.tolist() == [False, False, True, True, True, False]
 
 
 def test_grown_weight_has_no_momentum_where_pruned_momentum_decays():
@@ -171,6 +177,24 @@ def test_blocks_are_dropped_and_grown_whole(method, pattern):
     for name in parts[2].masks:
         for block in parts[2].masks.bool(name).split(4, dim):
             assert torch.equal(block.any(dim), block.all(dim))
+
+
+def test_compiled_model_neither_breaks_nor_recompiles():
+    model, optimizer, sparsifier = setup()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    iterate(compiled, optimizer, sparsifier, 0, 1)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        iterate(compiled, optimizer, sparsifier, 1, 8)
+    plain = setup()
+    iterate(*plain, 0, 8)
+    torch.testing.assert_close(model.state_dict(), plain[0].state_dict())
+
+
+def test_timeline_says_what_an_update_does():
+    assert setup()[2].timeline().startswith("3 mask updates: every 3 steps from step 3 to 9 of 12, each instead of the")
+    assert "drops 0.3 of a layer's live weights at first, 0 at the end" in setup()[2].timeline()
+    assert setup("granet")[2].timeline().endswith("sparsity 0.5 to 0.8 until step 4")
 
 
 def test_random_masks_depend_on_the_seed_alone():
