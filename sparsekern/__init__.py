@@ -1,13 +1,32 @@
 """Sparse training kernels for PyTorch. See README.md."""
 
 from sparsekern import _library, nn, ops
+from sparsekern.batch_norm import reestimate_batch_norm
 from sparsekern.distributions import erk, global_budget, keep_count, uniform
 from sparsekern.flops import dry_run
+from sparsekern.learning_rates import constant_lr, cosine_lr, linear_lr
 from sparsekern.masks import MaskSet
-from sparsekern.methods import ACDC, GMP, SET, GraNet, RigL, RigLITOP, planned_masks
+from sparsekern.methods import (
+    ACDC,
+    GMP,
+    SET,
+    SRSTE,
+    STEP,
+    DenseTraining,
+    FixedMask,
+    GraNet,
+    LotteryTicket,
+    OneShot,
+    Powerpropagation,
+    RigL,
+    RigLITOP,
+    TopKAST,
+    planned_masks,
+)
 from sparsekern.optim import MaskedSGD
+from sparsekern.phases import Dense, Sparse
 from sparsekern.report import sparsity_report
-from sparsekern.schedules import Dense, Sparse, acdc_schedule, constant_lr, cosine_lr, linear_lr
+from sparsekern.schedules import acdc_schedule
 from sparsekern.updates import update_schedule
 
 degradation = _library.load_kernels()
@@ -15,8 +34,9 @@ degradation = _library.load_kernels()
 
 __version__ = "0.1.0.dev0"
 __all__ = [
-    "ACDC", "Dense", "GMP", "GraNet", "MaskSet", "MaskedSGD", "RigL", "RigLITOP", "SET", "Sparse",
+    "ACDC", "Dense", "DenseTraining", "FixedMask", "GMP", "GraNet", "LotteryTicket", "MaskSet", "MaskedSGD",
+    "OneShot", "Powerpropagation", "RigL", "RigLITOP", "SET", "SRSTE", "STEP", "Sparse", "TopKAST",
     "__version__", "acdc_schedule", "constant_lr", "cosine_lr", "degradation", "dry_run", "erk",
-    "global_budget", "keep_count", "linear_lr", "nn", "ops", "planned_masks", "sparsity_report", "uniform",
-    "update_schedule",
+    "global_budget", "keep_count", "linear_lr", "nn", "ops", "planned_masks", "reestimate_batch_norm",
+    "sparsity_report", "uniform", "update_schedule",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from sparsekern.distributions import check_sparsity
-from sparsekern.schedules import PhaseSchedule, Sparse
+from sparsekern.phases import PhaseSchedule, Sparse
 
 __all__ = ["UpdatePlan", "UpdateSchedule", "cosine", "cubic", "rising_phases", "update_schedule"]
 

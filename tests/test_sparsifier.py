@@ -6,7 +6,7 @@ from torch import nn
 
 import sparsekern as sk
 from sparsekern.methods import Sparsifier
-from sparsekern.schedules import PhaseSchedule, PhaseSpan
+from sparsekern.phases import PhaseSchedule, PhaseSpan
 
 SCHEDULE = PhaseSchedule((PhaseSpan(0, 10, sk.Dense()),))
 

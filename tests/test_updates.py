@@ -3,7 +3,7 @@
 import pytest
 
 import sparsekern as sk
-from sparsekern.schedules import PhaseSchedule, PhaseSpan
+from sparsekern.phases import PhaseSchedule, PhaseSpan
 from sparsekern.updates import UpdateSchedule, cosine, cubic, rising_phases, update_schedule
 
 

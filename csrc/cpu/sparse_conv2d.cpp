@@ -134,7 +134,7 @@ bool sparse_conv2d_backward_cpu(Tensor grad_input, Tensor grad_weight, Tensor gr
   const Image<const float> gradients{grad.const_data_ptr<float>(), strides_of(grad)};
   if (grad_weight.numel() > 0) {
     check_float(grad_weight, "grad_weight", 4);
-    STD_TORCH_CHECK(grad_weight.sizes() == weight.sizes(),
+    STD_TORCH_CHECK(grad_weight.sizes().equals(weight.sizes()),
                     "sparse_conv2d_backward: grad_weight must have weight's shape");
     const Grid grid(rows.forward, columns.forward, input.size(0), lanes());
     if (!sparse_weight_gradient(grid, {input.const_data_ptr<float>(), strides_of(input)}, w, gradients,
@@ -144,7 +144,8 @@ bool sparse_conv2d_backward_cpu(Tensor grad_input, Tensor grad_weight, Tensor gr
   }
   if (grad_input.numel() == 0) return true;
   check_float(grad_input, "grad_input", 4);
-  STD_TORCH_CHECK(grad_input.sizes() == input.sizes(), "sparse_conv2d_backward: grad_input must have input's shape");
+  STD_TORCH_CHECK(grad_input.sizes().equals(input.sizes()),
+                  "sparse_conv2d_backward: grad_input must have input's shape");
   return sparse_input_gradient(rows, columns, gradients, w,
                                {grad_input.mutable_data_ptr<float>(), strides_of(grad_input)}, input.size(0), lanes());
 }
@@ -166,7 +167,8 @@ bool sparse_linear_backward_cpu(Tensor grad_input, Tensor grad_weight, Tensor gr
   const Image<const float> gradients{grad.const_data_ptr<float>(), pixel_rows(grad)};
   if (grad_weight.numel() > 0) {
     check_float(grad_weight, "grad_weight", 2);
-    STD_TORCH_CHECK(grad_weight.sizes() == weight.sizes(), "sparse_linear_backward: grad_weight must match weight");
+    STD_TORCH_CHECK(grad_weight.sizes().equals(weight.sizes()),
+                    "sparse_linear_backward: grad_weight must match weight");
     if (!sparse_weight_gradient(
             Grid(rows.forward, columns.forward, 1, lanes()), {input.const_data_ptr<float>(), pixel_rows(input)}, w,
             gradients, {grad_weight.mutable_data_ptr<float>(), {grad_weight.stride(0), grad_weight.stride(1), 0, 0}})) {
@@ -175,7 +177,7 @@ bool sparse_linear_backward_cpu(Tensor grad_input, Tensor grad_weight, Tensor gr
   }
   if (grad_input.numel() == 0) return true;
   check_float(grad_input, "grad_input", 2);
-  STD_TORCH_CHECK(grad_input.sizes() == input.sizes(), "sparse_linear_backward: grad_input must match input");
+  STD_TORCH_CHECK(grad_input.sizes().equals(input.sizes()), "sparse_linear_backward: grad_input must match input");
   return sparse_input_gradient(rows, columns, gradients, w,
                                {grad_input.mutable_data_ptr<float>(), pixel_rows(grad_input)}, 1, lanes());
 }

@@ -16,7 +16,8 @@ import torch
 from sparsekern.distributions import check_sparsity
 from sparsekern.methods.allocation import Allocation, Budget
 from sparsekern.methods.base import Sparsifier
-from sparsekern.schedules import AcdcSchedule, Dense, Phase, PhaseSchedule, Sparse
+from sparsekern.phases import Dense, Phase, PhaseSchedule, Sparse
+from sparsekern.schedules import AcdcSchedule
 from sparsekern.updates import rising_phases
 
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from sparsekern import _library
 from sparsekern.ops.sparse_structure import (
     SparseStructure,
+    check_dims,
     check_form,
     check_operands,
     check_tensors,
@@ -92,6 +93,7 @@ def fake(
     groups: int,
 ) -> Tensor:
     """Shapes and memory format only."""
+    check_dims(4, {"input": input, "weight": weight})
     for name, values, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
         _pair(name, list(values), least)
     sizes = [_output_size(input.shape[i + 2], weight.shape[i + 2], stride[i], padding[i], dilation[i]) for i in (0, 1)]
@@ -143,6 +145,7 @@ def backward_fake(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes and memory formats only."""
+    check_dims(4, {"grad": grad, "input": input, "weight": weight}, needs)
     return (
         _empty(input.shape, input) if needs[0] else grad.new_empty((0,)),
         _empty(weight.shape, weight) if needs[1] else grad.new_empty((0,)),

@@ -24,6 +24,7 @@ from torch import Tensor
 from sparsekern import _library
 from sparsekern.ops.sparse_structure import (
     SparseStructure,
+    check_dims,
     check_form,
     check_operands,
     check_tensors,
@@ -46,6 +47,9 @@ def reference(input: Tensor, weight: Tensor, structure: Sequence[Tensor], layout
 
 def fake(input: Tensor, weight: Tensor, structure: Sequence[Tensor], layout: str, bias: Tensor | None) -> Tensor:
     """Shapes only."""
+    check_dims(2, {"weight": weight})
+    if input.dim() < 1:
+        raise ValueError("input has 0 dims: expected one or more")
     return input.new_empty((*input.shape[:-1], weight.shape[0]))
 
 
@@ -70,6 +74,7 @@ def backward_fake(
     grad: Tensor, input: Tensor, weight: Tensor, structure: Sequence[Tensor], layout: str, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes only."""
+    check_dims(2, {"weight": weight}, needs)
     shapes = (input.shape, weight.shape, weight.shape[:1])
     results = [grad.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True)]
     return results[0], results[1], results[2]

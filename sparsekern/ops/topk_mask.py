@@ -115,7 +115,7 @@ def _groups(score: Tensor, name: str, magnitude: bool, candidates: Tensor | None
 
 def _select(keys: Tensor, allowed: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     """The ``keep`` best of 1-d ``keys`` and whether there were too few candidates, without synchronising."""
-    too_few = allowed.sum() < keep
+    too_few, keep = allowed.sum() < keep, min(keep, keys.numel())
     if keep == 0:
         return torch.zeros_like(allowed), too_few
     # Those not allowed share -inf with true -inf scores, so ties are filtered by candidacy once more.
@@ -162,6 +162,9 @@ def reference(
     """Plain PyTorch: (packed masks, status). ``keep`` has one entry if ``global_budget``, else one per tensor, and none
     for n:m; ``candidates`` is empty or has one entry per tensor."""
     name, n, m = _parse_pattern(pattern)
+    wanted = 0 if n else 1 if global_budget else len(scores)
+    if len(keep) != wanted or len(candidates) not in (0, len(scores)) or any(k < 0 for k in keep):
+        raise ValueError(f"keep={keep} must hold {wanted} counts, candidates 0 or {len(scores)}, got {len(candidates)}")
     if not scores:
         return [], torch.zeros((), dtype=torch.int32)
     pairs = [_groups(s, name, magnitude, c) for s, c in zip(scores, candidates or [None] * len(scores), strict=True)]
