@@ -14,6 +14,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 KERNELS = ROOT / "csrc/cuda"
+OPERATORS = ["masked_sgd_"]
+"""What csrc/cuda registers."""
 FLAGS = ["-std=c++20", "-O2", "-mfma", "-ffp-contract=off", "-fPIC", "-pthread", "-Wall", "-Werror"]
 FLAGS += ["-Wno-unknown-pragmas", "-Wno-tsan", f"-I{HERE}", f"-I{KERNELS}"]
 
@@ -49,7 +51,7 @@ def build(name: str, sources: list[Path], flags: list[str] | None = None, seen: 
     `seen` are further files or folders whose change asks for a new build.
     """
     flags = [*FLAGS, *(flags or []), *include_flags()]
-    depends = [*HERE.glob("*.h"), *KERNELS.glob("*.cuh"), *KERNELS.glob("*.h"), *sources, *(seen or [])]
+    depends = [Path(__file__), *HERE.glob("*.h"), *KERNELS.glob("*.cuh"), *KERNELS.glob("*.h"), *sources, *(seen or [])]
     digest = hashlib.sha256("\0".join(flags).encode() + b"".join(p.read_bytes() for p in sorted(depends))).hexdigest()
     target = ROOT / "build/emulator" / digest[:16] / name
     if target.exists():
@@ -67,7 +69,8 @@ def build(name: str, sources: list[Path], flags: list[str] | None = None, seen: 
         raise RuntimeError("\n".join(errors))
     partial = target.with_name(f"{name}.{os.getpid()}.partial")
     kind = ["-shared"] if name.endswith(".so") else []
-    subprocess.run(["g++", *flags, *kind, *map(str, objects), "-o", str(partial)], check=True)
+    libraries = [flag for flag in flags if flag.startswith("-l")]  # the linker wants them behind what needs them
+    subprocess.run(["g++", *flags, *kind, *map(str, objects), *libraries, "-o", str(partial)], check=True)
     for o in objects:
         o.unlink()
     partial.replace(target)
@@ -79,3 +82,19 @@ def sanitized(command: list[str]) -> subprocess.CompletedProcess[str]:
     still = ["setarch", "-R"] if shutil.which("setarch") else []  # ThreadSanitizer maps fixed addresses
     options = {"ASAN_OPTIONS": "detect_stack_use_after_return=0:detect_leaks=0", "TSAN_OPTIONS": "report_bugs=1"}
     return subprocess.run([*still, *command], capture_output=True, text=True, env={**os.environ, **options})
+
+
+@functools.cache
+def build_operators() -> Path:
+    """The operators of csrc/cuda on emulated kernels, a library for torch.ops.load_library.
+
+    It serves CPU tensors in the namespace sparsekern_emulated, whose schemas the caller defines.
+    """
+    from torch.utils import cpp_extension
+
+    includes = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
+    flags = ["-DSPARSEKERN_EMULATED", "-DTORCH_TARGET_VERSION=0x020a000000000000", *includes]
+    flags += [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10", "-ltorch"]
+    shared = [ROOT / "csrc/step_operands.h", ROOT / "csrc/cpu/simd/kernels.h"]
+    sources = sorted([*KERNELS.glob("*.cu"), *KERNELS.glob("*.cpp"), HERE / "schedule.cpp"])
+    return build("operators.so", sources, flags, shared)
