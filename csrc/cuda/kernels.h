@@ -38,4 +38,48 @@ int masked_sgd(Dtype dtype, StepTensor* tensors, int64_t count, const SgdStep& s
                DeviceScalar grad_scale, DeviceScalar found_inf, void* stream);
 int clear_fresh(uint8_t* fresh, int64_t count, DeviceScalar found_inf, void* stream);
 
+// One score tensor of topk_mask in storage order: (outer, axis, inner), cut along `axis` into groups of `width`, 4
+// or 1. `keys` has room for a key per group where `width` is 4, `bits` is one bit per group, zero at first. `sizes` and
+// `strides` lead from the logical order of groups to that of storage; none where they are the same.
+struct ScoreTensor {
+  const void* score;
+  uint8_t* mask;
+  const uint8_t* candidates;
+  void* keys;
+  uint32_t* bits;
+  uint32_t weights, groups, inner;
+  int64_t keep;  // of the segment
+  uint32_t axis, width, dims, sizes[8], strides[8];
+  int32_t segment;
+  // Chunks of kTopkChunk groups: of all tensors before this one, before its segment, and of its segment.
+  uint32_t first_chunk, segment_first, segment_chunks;
+  Dtype dtype;
+};
+
+constexpr uint32_t kTopkChunk = 8192;
+constexpr int kTopkBins = 2048, kTopkWarps = 8;
+
+// A segment is what shares a budget. All zero at first, except for `counts`, which has kTopkWarps entries per chunk.
+struct TopkState {
+  uint64_t key;          // of the threshold, as far as it is known
+  int64_t needed, ties;  // still to be chosen among the groups that share those bits, and their number
+};
+struct TopkSpace {
+  uint32_t* histograms;  // kTopkBins for each pass and segment
+  uint32_t* tickets;     // one for each pass and segment
+  TopkState* states;
+  uint32_t* counts;
+  int32_t* status;
+  int32_t segments;
+};
+
+// 64-bit keys where a score is float64 and not of a block.
+constexpr int topk_passes(bool wide) { return wide ? 6 : 3; }
+
+int topk_mask(const ScoreTensor* tensors, int64_t count, const TopkSpace& space, bool wide, bool magnitude,
+              void* stream);
+// n:m along `axis`; `groups`, `keep` and what concerns segments are not used.
+int topk_n_of_m(const ScoreTensor* tensors, int64_t count, int32_t* status, uint32_t n, uint32_t m, bool magnitude,
+                void* stream);
+
 }  // namespace sparsekern::cuda

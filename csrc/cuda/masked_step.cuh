@@ -5,6 +5,7 @@
 #pragma once
 #include "device.cuh"
 #include "kernels.h"
+#include "numbers.cuh"
 
 namespace sparsekern::cuda {
 namespace {
@@ -21,24 +22,6 @@ struct StepBatch {
   int32_t count;
 };
 static_assert(sizeof(StepBatch) <= 32000, "kernel parameters end at 32764 bytes");
-
-template <class S>
-struct ComputeOf {
-  using type = float;
-};
-template <>
-struct ComputeOf<double> {
-  using type = double;
-};
-
-__device__ __forceinline__ float widen(float x) { return x; }
-__device__ __forceinline__ double widen(double x) { return x; }
-__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
-__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ void narrow(float x, float& to) { to = x; }
-__device__ __forceinline__ void narrow(double x, double& to) { to = x; }
-__device__ __forceinline__ void narrow(float x, __half& to) { to = __float2half_rn(x); }
-__device__ __forceinline__ void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat16_rn(x); }
 
 __device__ __forceinline__ double read(const DeviceScalar& s) {
   return s.wide ? *static_cast<const double*>(s.at) : *static_cast<const float*>(s.at);

@@ -14,7 +14,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 KERNELS = ROOT / "csrc/cuda"
-OPERATORS = ["masked_sgd_"]
+OPERATORS = ["masked_sgd_", "topk_mask"]
 """What csrc/cuda registers."""
 FLAGS = ["-std=c++20", "-O2", "-mfma", "-ffp-contract=off", "-fPIC", "-pthread", "-Wall", "-Werror"]
 FLAGS += ["-Wno-unknown-pragmas", "-Wno-tsan", f"-I{HERE}", f"-I{KERNELS}"]
@@ -95,6 +95,6 @@ def build_operators() -> Path:
     includes = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
     flags = ["-DSPARSEKERN_EMULATED", "-DTORCH_TARGET_VERSION=0x020a000000000000", *includes]
     flags += [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10", "-ltorch"]
-    shared = [ROOT / "csrc/step_operands.h", ROOT / "csrc/cpu/simd/kernels.h"]
+    shared = [*(ROOT / "csrc").glob("*.h"), ROOT / "csrc/cpu/simd/kernels.h"]
     sources = sorted([*KERNELS.glob("*.cu"), *KERNELS.glob("*.cpp"), HERE / "schedule.cpp"])
     return build("operators.so", sources, flags, shared)
