@@ -21,7 +21,7 @@ from sparsekern.methods import (
     RigLITOP,
     TopKAST,
 )
-from sparsekern.optim import MaskedSGD
+from sparsekern.optim import MaskedAdamW, MaskedSGD
 from sparsekern.phases import Dense, Sparse
 from sparsekern.report import sparsity_report
 from sparsekern.schedules import acdc_schedule
@@ -32,8 +32,8 @@ degradation = _library.load_kernels()
 
 __version__ = "0.1.0.dev0"
 __all__ = [
-    "ACDC", "Dense", "DenseTraining", "FixedMask", "GMP", "GraNet", "LotteryTicket", "MaskSet", "MaskedSGD",
-    "OneShot", "Powerpropagation", "RigL", "RigLITOP", "SET", "SRSTE", "STEP", "Sparse", "TopKAST",
+    "ACDC", "Dense", "DenseTraining", "FixedMask", "GMP", "GraNet", "LotteryTicket", "MaskSet", "MaskedAdamW",
+    "MaskedSGD", "OneShot", "Powerpropagation", "RigL", "RigLITOP", "SET", "SRSTE", "STEP", "Sparse", "TopKAST",
     "__version__", "acdc_schedule", "constant_lr", "cosine_lr", "degradation", "global_budget", "keep_count",
     "linear_lr", "nn", "ops", "reestimate_batch_norm", "sparsity_report", "uniform", "update_schedule",
 ]  # fmt: skip
