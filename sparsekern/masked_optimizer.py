@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,15 +25,20 @@ class Bucket:
     """Keys of the states' tensors that are shaped as the parameters."""
     counts: Tensor
     """On the device, one entry per parameter: what the kernel itself has to count."""
-    layout: list[Any] | None = None
-    """What was checked: address, strides and type of each parameter and its state."""
+    tensors: list[Tensor] = field(default_factory=list)
+    """The parameters, then their state, when all of it was checked; then they lay at `addresses`."""
+    addresses: list[int] = field(default_factory=list)
+    strides: list[tuple[int, ...]] = field(default_factory=list)
+    """Of the parameters, likewise."""
     plain: bool = False
     """No parameter has holes in its memory."""
     masks: list[Tensor | None] = field(default_factory=list)
     mask_key: tuple[MaskSet | None, int] = (None, 0)
-    versions: list[tuple[int, ...]] = field(default_factory=list)
+    watched: list[tuple[int, list[Tensor]]] = field(default_factory=list)
+    """Each masked parameter: its index, and it with its state."""
+    versions: list[list[int]] = field(default_factory=list)
     zero: list[int] = field(default_factory=list)
-    """Pruned weights and state were zero when version counters stood at `versions`."""
+    """One flag per parameter: what is pruned of it was zero when the version counters stood at `versions`."""
     surely_stepped: bool = False
     """A step was taken that no found_inf can have stopped."""
 
@@ -46,6 +52,21 @@ class Bucket:
                     each[i] = self.states[i][name] = torch.zeros_like(self.params[i])
             found.append(each)
         return found
+
+    def moved(self, tensors: list[Tensor]) -> bool:
+        """Whether a parameter or its state was replaced, moved or laid out anew since `settle`."""
+        return (
+            len(tensors) != len(self.tensors)
+            or not all(map(operator.is_, tensors, self.tensors))
+            or list(map(Tensor.data_ptr, tensors)) != self.addresses
+            or list(map(Tensor.stride, self.params)) != self.strides
+        )
+
+    def settle(self, tensors: list[Tensor]) -> None:
+        """All operands were checked and lie as they should."""
+        self.tensors, self.addresses = tensors, list(map(Tensor.data_ptr, tensors))
+        self.strides = list(map(Tensor.stride, self.params))
+        self.plain = all(map(is_dense, self.params))
 
     def align(self) -> list[list[Tensor]]:
         """As `buffers`, with those of parameters that were moved, cast or laid out anew following them."""
@@ -61,35 +82,34 @@ class Bucket:
                     state[name] = torch.empty_like(p).copy_(buffer)
         return self.buffers()
 
-    def follow_masks(self, masks: MaskSet, moved: bool) -> None:
+    def follow_masks(self, masks: MaskSet, buffers: list[list[Tensor]], moved: bool) -> None:
         """Fetch the packed masks if they or the parameters' layouts changed; what they leave as it was stays `zero`."""
         if not moved and self.mask_key[0] is masks and self.mask_key[1] == masks.generation:
             return
-        before, self.masks = self.masks or [None] * len(self.params), [masks.packed_for(p) for p in self.params]
-        if self.zero:
-            both = zip(self.zero, before, self.masks, strict=True)
-            self.zero = [] if moved else [int(z and b is m) for z, b, m in both]
-        self.mask_key = masks, masks.generation
+        before, known = self.masks, [] if moved else self.known_zero()
+        self.masks = [masks.packed_for(p) for p in self.params]
+        self.zero = [int(z and a is b) for z, a, b in zip(known, before, self.masks, strict=True)] if known else []
+        both = zip(self.params, *buffers, strict=True)
+        self.watched = [(i, list(own)) for i, own in enumerate(both) if self.masks[i] is not None]
+        self.versions, self.mask_key = self._versions(), (masks, masks.generation)
 
-    def known_zero(self, buffers: list[list[Tensor]]) -> list[int]:
-        """One flag per parameter, cleared where somebody else wrote since the last step; empty if all are cleared."""
+    def known_zero(self) -> list[int]:
+        """`zero`, cleared where somebody else wrote since the last step; empty if all are cleared."""
         if not any(self.zero):
             return []
-        now = self._versions(buffers)
-        return [int(z and v == w) for z, v, w in zip(self.zero, self.versions, now, strict=True)]
+        now = self._versions()
+        if now != self.versions:
+            for (i, _), a, b in zip(self.watched, now, self.versions, strict=True):
+                self.zero[i] &= a == b
+        return self.zero
 
-    def note(self, known: list[int], real: bool, buffers: list[list[Tensor]]) -> None:
+    def note(self, known: list[int], real: bool) -> None:
         """After a step: a real one leaves every pruned entry zero, a skipped one leaves all as it was."""
         self.zero = [int(m is not None) for m in self.masks] if real else known
-        self.versions = self._versions(buffers)
+        self.versions = self._versions()
 
-    def _versions(self, buffers: list[list[Tensor]]) -> list[tuple[int, ...]]:
-        tensors = zip(self.params, *buffers, strict=True)
-        return [tuple(t._version for t in own) if z else () for z, own in zip(self.zero, tensors, strict=False)]
-
-
-def _layout(tensors: list[Tensor]) -> list[Any]:
-    return [(t.data_ptr(), t.stride(), t.dtype) for t in tensors]
+    def _versions(self) -> list[list[int]]:
+        return [[t._version for t in own] for _, own in self.watched]
 
 
 def check_hyper(**values: float | Tensor) -> None:
@@ -167,7 +187,11 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         for index, group in enumerate(self.param_groups):
             for bucket in self._buckets(index, group):
-                self._step_bucket(group, bucket)
+                grads = [p.grad for p in bucket.params]
+                if any(g.is_sparse for g in grads):
+                    shapes = [tuple(p.shape) for p, g in zip(bucket.params, grads, strict=True) if g.is_sparse]
+                    raise RuntimeError(f"gradient of a parameter of shape {shapes[0]} is sparse; use a dense one")
+                self._step_bucket(group, bucket, grads)
         self._seen_state = (self.state, len(self.state))
         return loss
 
@@ -208,45 +232,37 @@ class MaskedOptimizer(torch.optim.Optimizer):
     def _retired(self, bucket: Bucket) -> None:
         """The bucket is dropped; save what only it knows."""
 
-    def _step_bucket(self, group: dict[str, Any], bucket: Bucket) -> None:
+    def _step_bucket(self, group: dict[str, Any], bucket: Bucket, grads: list[Tensor]) -> None:
         params = bucket.params
         hyper = self._hyper(group)
         if params[0].device != bucket.counts.device:  # the whole model was moved
             bucket.counts = bucket.counts.to(params[0].device)
             self._place_counts(bucket)
-        grads = [p.grad for p in params]
-        for p, g in zip(params, grads, strict=True):
-            if g.is_sparse:
-                raise RuntimeError(f"gradient of a parameter of shape {tuple(p.shape)} is sparse; use a dense one")
         buffers = bucket.buffers()
         scale, found_inf = (
             None if t is None else t.to(bucket.counts.device)
             for t in (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         )
-        layout = _layout([*params, *(t for each in buffers for t in each)])
-        moved = bucket.layout != layout
+        moved = bucket.moved([*params, *itertools.chain(*buffers)])
         if moved:
             buffers = bucket.align()
-        bucket.follow_masks(self.masks, moved)
+        bucket.follow_masks(self.masks, buffers, moved)
         if moved:
             counts = self._count_name, bucket.counts, self._count_dtype
             named = dict(zip(bucket.names, buffers, strict=True))
             check_operands(params, grads, named, bucket.masks, counts, scale, found_inf)
-            bucket.layout = _layout([*params, *(t for each in buffers for t in each)])
-            bucket.plain = all(map(is_dense, params))
-        known = bucket.known_zero(buffers) if self._keeps_zero() else []
+            bucket.settle([*params, *itertools.chain(*buffers)])
+        known = bucket.known_zero() if self._keeps_zero() else []
         hyper |= dict(grad_scale=scale, found_inf=found_inf, known_zero=known)
-        if bucket.plain:
-            # Compared here first, because calling a function for each gradient would cost as much as the rest.
-            strides = [stride for _, stride, _ in bucket.layout[: len(params)]]
-            triples = zip(grads, strides, params, strict=True)
-            grads = [g if g.stride() == stride else as_layout(g, p) for g, stride, p in triples]
+        # Strides are compared here first, because a call for each gradient would cost as much as the rest.
+        if bucket.plain and list(map(Tensor.stride, grads)) != bucket.strides:
+            grads = list(map(as_layout, grads, params))
         run = launch if bucket.plain else launch_any_layout
         run(self._op, params, grads, self._operands(buffers), bucket.masks, bucket.counts, **hyper)
         # On a CPU reading found_inf waits for nothing; elsewhere it is left unread and nothing is claimed.
         real = found_inf is None or (found_inf.device.type == "cpu" and not found_inf.item())
         bucket.surely_stepped = bucket.surely_stepped or found_inf is None
-        bucket.note(known, real and self._keeps_zero(), buffers)
+        bucket.note(known, real and self._keeps_zero())
 
     def _operands(self, buffers: list[list[Tensor]]) -> list[list[Tensor]]:
         """`buffers` as the operator takes them."""

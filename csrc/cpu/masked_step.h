@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
 #include <optional>
 #include <vector>
 
@@ -32,7 +33,9 @@ const uint8_t* step_mask(const char* op, const Tensor& param, const std::optiona
 // Elements per task: 32 Ki, that is 640 KiB of float32 traffic, and a multiple of the 16 lanes that share mask bytes.
 constexpr int64_t kStepGrain = int64_t{1} << 15;
 
-// body(tensor, begin, end) over the elements of all tensors, in parallel over the list as a whole.
+// body(tensor, begin, end) over the elements of all tensors, in parallel over the list as a whole. Threads take what is
+// next when they are done, because sparse layers take a fraction of the time of others of their size: at first up to 16
+// tasks, since each fresh start waits for memory, in the end single ones.
 template <class F>
 void step_list(const std::vector<Tensor>& params, const F& body) {
   std::vector<int64_t> first_task{0};
@@ -41,16 +44,26 @@ void step_list(const std::vector<Tensor>& params, const F& body) {
     elements += p.numel();
     first_task.push_back(first_task.back() + (p.numel() + kStepGrain - 1) / kStepGrain);
   }
-  // Many small tensors are not worth waking a thread for: a thread gets kStepGrain elements at least.
-  const int64_t tasks = first_task.back(), grain = tasks / std::max(int64_t{1}, elements / kStepGrain) + 1;
-  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+  const int64_t tasks = first_task.back();
+  const auto run = [&](int64_t begin, int64_t end) {
     size_t i = std::upper_bound(first_task.begin(), first_task.end(), begin) - first_task.begin() - 1;
     while (begin < end) {
       while (begin >= first_task[i + 1]) ++i;
       const int64_t until = std::min(end, first_task[i + 1]), size = params[i].numel();
-      // All tasks of one tensor in one call, which can then fetch memory ahead without a break.
       body(i, (begin - first_task[i]) * kStepGrain, std::min((until - first_task[i]) * kStepGrain, size));
       begin = until;
+    }
+  };
+  // Many small tensors are not worth waking a thread for: a thread gets kStepGrain elements at least.
+  const int64_t workers = std::clamp<int64_t>(elements / kStepGrain, 1, torch::stable::get_num_threads());
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
+    int64_t begin = next.load(), take = 0;
+    while (begin < tasks) {
+      take = std::clamp<int64_t>((tasks - begin) / (4 * workers), 1, 16);
+      if (!next.compare_exchange_weak(begin, begin + take)) continue;
+      run(begin, begin + take);
+      begin = next.load();
     }
   });
 }

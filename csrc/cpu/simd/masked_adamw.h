@@ -39,17 +39,14 @@ struct MaskedAdamw {
 
   inline __attribute__((always_inline)) void update(int64_t i) const {
     const uint32_t bits = mask_bits<kLanes>(mask, i);
-    // Selecting before the arithmetic keeps NaN and Inf of pruned entries out of everything.
-    V p = V::load(param + i).keep(bits);
-    V g = V::load(grad + i).keep(bits);
-    V m = V::load(first + i).keep(bits);
-    V v = V::load(second + i).keep(bits);
+    V p = V::load(param + i), g = V::load(grad + i), m = V::load(first + i), v = V::load(second + i);
     if (o.scaled) g = g / scale;
     if (o.maximize) g = g.negate();
     if (o.decays) p = p * shrink;
     m = fma(weight, g + m.negate(), near ? m : g);
     v = fma(rest2 * g, g, v * beta2);
     p = p + negative_step_size * m / (v.root() / correction + eps);
+    // Lanes do not mix, so NaN and Inf of pruned entries end here.
     m.keep(bits).store(first + i);
     v.keep(bits).store(second + i);
     p.keep(bits).store(param + i);

@@ -24,11 +24,13 @@ inline int64_t step_all(const K& k, int64_t i, int64_t end) {
   return i;
 }
 
-// Vectors with a live element only. They are listed first: a branch for each would be guessed wrong so often that
-// memory is no longer read ahead. The list runs on from stretch to stretch; a fresh start would wait for memory.
+// Vectors with a live element only, where those are few. They are listed first: a branch for each would be guessed
+// wrong so often that memory is no longer read ahead. The list runs on from stretch to stretch; a fresh start would
+// wait for memory. For the same reason the choice is made for long spans at once: 256 Ki float32 are 1 MiB of each
+// stream.
 template <class K>
 inline int64_t step_live(const K& k, const int64_t begin, const int64_t end) {
-  constexpr int64_t kWord = 64 * K::kLanes, kWords = 32, kAhead = 48, kRoom = 64 * kWords + kAhead;
+  constexpr int64_t kWord = 64 * K::kLanes, kWords = 32, kSpan = 8 * kWords, kAhead = 48, kRoom = 64 * kWords + kAhead;
   int32_t list[kRoom];
   int64_t held = 0, i = begin;
   const auto drain = [&](int64_t left) {
@@ -40,27 +42,29 @@ inline int64_t step_live(const K& k, const int64_t begin, const int64_t end) {
     for (held = 0; held < left; ++held) list[held] = list[j + held];
   };
   while (i + kWord <= end) {
-    uint64_t words[kWords];
-    int64_t count = 0, found = 0;
-    for (; count < kWords && i + (count + 1) * kWord <= end; ++count) {
-      words[count] = live_vectors<K::kLanes>(k.mask + (i + count * kWord) / 8);
-      found += __builtin_popcountll(words[count]);
+    const int64_t span = (end - i) / kWord < kSpan ? (end - i) / kWord : kSpan, until = i + span * kWord;
+    int64_t found = 0, seen = 0;
+    // Every seventh word: reading the mask alone is time lost, and no layer's shape has a period of seven.
+    for (int64_t w = i; w < until; w += 7 * kWord, seen += 64) {
+      found += __builtin_popcountll(live_vectors<K::kLanes>(k.mask + w / 8));
     }
     // Measured (Zen 4, two threads, 25M float32) against step_all(): 8% live 3.4x, 18% live 1.9x, 28% live 1.2x faster,
     // 40% live 1.2x slower.
-    if (3 * found > 64 * count) {
+    if (3 * found > seen) {
       drain(0);
-      step_all(k, i, i + count * kWord);
-    } else {
-      const int64_t known = held;
-      for (int64_t w = 0; w < count; ++w) {
-        const int32_t first = static_cast<int32_t>((i - begin) / K::kLanes + 64 * w);
-        for (uint64_t bits = words[w]; bits; bits &= bits - 1) list[held++] = first + __builtin_ctzll(bits);
+      i = step_all(k, i, until);
+    }
+    while (i < until) {
+      const int64_t known = held, stop = i + kWords * kWord < until ? i + kWords * kWord : until;
+      for (; i < stop; i += kWord) {
+        const int32_t first = static_cast<int32_t>((i - begin) / K::kLanes);
+        for (uint64_t bits = live_vectors<K::kLanes>(k.mask + i / 8); bits; bits &= bits - 1) {
+          list[held++] = first + __builtin_ctzll(bits);
+        }
       }
       for (int64_t j = known; j < held && j < kAhead; ++j) k.prefetch(begin + int64_t{list[j]} * K::kLanes);
       drain(held < kAhead ? held : kAhead);
     }
-    i += count * kWord;
   }
   drain(0);
   return step_all(k, i, end);
