@@ -6,6 +6,7 @@ from method_steps import OPTIMIZERS, iterate, network, resumed_from
 from test_acdc import SCHEDULE
 
 import sparsekern as sk
+from sparsekern.phases import PhaseSchedule, PhaseSpan
 
 
 def setup(kind="masked", sparsity=0.9, schedule=SCHEDULE, **kwargs):
@@ -65,6 +66,21 @@ def test_sample_is_redrawn_by_seed_and_phase_and_survives_a_resume():
     again = resumed_from(first, setup(dense_sparsity=0.5))
     iterate(*again, 5, 8)
     torch.testing.assert_close(again[0].state_dict(), whole[0].state_dict(), rtol=0, atol=0)
+
+
+def test_each_dense_phase_opens_another_sample():
+    kinds = [sk.Sparse(0.9), sk.Dense()] * 3
+    spans = [PhaseSpan(2 * i, 2 * i + 2, kind) for i, kind in enumerate([*kinds, sk.Sparse(0.9)])]
+    schedule = PhaseSchedule(tuple(spans))
+    parts, samples = setup(schedule=schedule, dense_sparsity=0.5), []
+    for i in range(12):
+        held = {n: parts[2].masks.bool(n) for n in parts[2].masks}
+        iterate(*parts, i, i + 1)
+        if i in (1, 5, 9):
+            samples.append(torch.cat([(parts[2].masks.bool(n) & ~held[n]).flatten() for n in held]))
+    for a, b in ((0, 1), (1, 2), (0, 2)):
+        # Independent samples of about 44% of the weights overlap by 0.44 / (2 - 0.44) = 0.28.
+        assert 0.2 < int((samples[a] & samples[b]).sum()) / int((samples[a] | samples[b]).sum()) < 0.45
 
 
 def test_layers_of_their_own_sparsity_are_outside_the_distribution():

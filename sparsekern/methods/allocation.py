@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparsekern.distributions import check_sparsity, erk, keep_count, uniform
 from sparsekern.masks import MaskSet
-from sparsekern.methods.selection import check_patterns, layer_weights
+from sparsekern.methods.selection import check_patterns, layer_weights, prunable_weights
 from sparsekern.ops import topk_mask
 from sparsekern.ops.topk_mask import group_count
 
@@ -106,9 +106,13 @@ class Allocation:
 
     def live(self, masks: MaskSet, name: str) -> int:
         """How many groups of that weight are live; its blocks are live as a whole."""
-        mask = masks.bool(name)
         if self.pattern == "unstructured":
-            return int(mask.sum())
+            # Bits of each byte, summed in pairs, fours and eights: a dense mask would be eight times as much memory.
+            x = masks.packed(name)
+            x = x - ((x >> 1) & 0x55)
+            x = (x & 0x33) + ((x >> 2) & 0x33)
+            return int(((x + (x >> 4)) & 0x0F).sum())
+        mask = masks.bool(name)
         return int((mask[::4] if self.pattern == "4x1" else mask[:, ::4]).sum())
 
     def random(self, masks: MaskSet, seed: int, draw: int) -> dict[str, Tensor]:
@@ -125,3 +129,21 @@ class Allocation:
                 values = values.repeat_interleave(4, axis).narrow(axis, 0, shape[axis])
             found[name] = torch.empty_like(masks.parameter(name), dtype=torch.float32).copy_(values)
         return found
+
+
+def planned_masks(
+    model: nn.Module,
+    sparsity: float,
+    *,
+    pattern: str = "unstructured",
+    distribution: str = "global",
+    layer_sparsity: Mapping[str, float] | None = None,
+    include: Sequence[str] = (".*",),
+    exclude: Sequence[str] = (),
+) -> MaskSet:
+    """The masks that a method would choose by the present weights; the model stays as it is. Arguments as there."""
+    allocation = Allocation(pattern, distribution, layer_sparsity)
+    masks = MaskSet(prunable_weights(model, include, exclude))
+    allocation.bind(model, masks)
+    allocation.select(masks, allocation.budget(sparsity))
+    return masks

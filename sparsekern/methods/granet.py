@@ -35,6 +35,10 @@ class GraNet(Regrowing):
     def initial_sparsity(self) -> float:
         return self.initial
 
+    def timeline(self) -> str:
+        end = round(self.prune_stop * self.schedule.total_steps)
+        return f"{super().timeline()}; sparsity {self.initial:.6g} to {self.sparsity:.6g} until step {end}"
+
     def at(self, step: int) -> float:
         """The sparsity after an update at `step`; that of the last update is the target."""
         if step >= min(self.prune_stop * self.schedule.total_steps, self.schedule.steps()[-1]):

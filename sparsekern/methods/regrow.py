@@ -10,7 +10,7 @@ from torch import Tensor
 from sparsekern.distributions import check_sparsity
 from sparsekern.methods.allocation import Allocation
 from sparsekern.methods.interval import IntervalSparsifier
-from sparsekern.ops import pack_mask, topk_mask, unpack_mask
+from sparsekern.ops import topk_mask, unpack_mask
 from sparsekern.ops.operands import as_layout
 from sparsekern.updates import UpdatePlan, UpdateSchedule, cosine
 
@@ -51,6 +51,11 @@ class Regrowing(IntervalSparsifier):
         check_sparsity(self.drop_fraction, "drop_fraction")
         check_sparsity(self.last_fraction, "last_fraction")
         self.seed = seed
+
+    def timeline(self) -> str:
+        how = "after the step there" if self.AFTER_STEP else "instead of the step there"
+        share = f"drops {self.fraction(0):.6g} of a layer's live weights at first, {self.last_fraction:.6g} at the end"
+        return f"{super().timeline()}, each {how}; an update {share}"
 
     def initial_sparsity(self) -> float:
         """The sparsity of the random masks that training starts with."""
@@ -108,12 +113,22 @@ class Regrowing(IntervalSparsifier):
         dropped = [int(fraction * count) for count in live]
         keep = [count - drop for count, drop in zip(live, dropped, strict=True)]
         kept = topk_mask(weights, keep, pattern=pattern, candidates=before)
-        free = [pack_mask(~unpack_mask(k, w)) for k, w in zip(kept, weights, strict=True)]
+        free = [_complement(k, w.numel()) for k, w in zip(kept, weights, strict=True)]
         grown = topk_mask([growth[name] for name in names], dropped, pattern=pattern, candidates=free)
         for name, old, k, g in zip(names, before, kept, grown, strict=True):
-            parameter = self.masks.parameter(name)
-            fresh = unpack_mask(g & ~old, parameter)
-            for values in (parameter, *self.momentum(parameter)):
-                values.masked_fill_(fresh, 0)
+            # Pruned weights are zero, and so is their momentum unless the optimizer lets it decay.
+            if getattr(self.optimizer, "momentum_policy", "mask") != "mask":
+                parameter = self.masks.parameter(name)
+                fresh = unpack_mask(g & ~old, parameter)
+                for buffer in self.momentum(parameter):
+                    buffer.masked_fill_(fresh, 0)
             self.masks.set_packed(name, k | g)
         self._hold_zero()
+
+
+def _complement(packed: Tensor, count: int) -> Tensor:
+    """The packed mask of what `packed` leaves out of `count` weights; padding bits stay zero."""
+    left = ~packed
+    if count % 8:
+        left[-1] &= (1 << count % 8) - 1
+    return left
