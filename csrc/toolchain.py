@@ -105,7 +105,7 @@ def cuda_roots(torch_cuda: str) -> list[Path]:
 
 
 def architecture_flags(known: set[int]) -> tuple[str, ...]:
-    """nvcc's flags for TORCH_CUDA_ARCH_LIST (such as "8.0;9.0+PTX"), else ARCHITECTURES, with PTX for newer ones."""
+    """Flags for TORCH_CUDA_ARCH_LIST (such as "8.0;9.0+PTX"), else for ARCHITECTURES, with PTX for newer ones."""
     wish = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").strip(";")
     if not wish:
         chosen = [a for a in ARCHITECTURES if a in known]
