@@ -38,6 +38,16 @@ int masked_sgd(Dtype dtype, StepTensor* tensors, int64_t count, const SgdStep& s
                DeviceScalar grad_scale, DeviceScalar found_inf, void* stream);
 int clear_fresh(uint8_t* fresh, int64_t count, DeviceScalar found_inf, void* stream);
 
+struct AdamwStep {
+  double lr, beta1, beta2, eps, weight_decay;
+  bool maximize;
+};
+
+// `rates` has room for two float64 per parameter, which this fills from the counts of steps, each now one higher.
+int adamw_rates(float* steps, int64_t count, const AdamwStep& step, void* rates, DeviceScalar found_inf, void* stream);
+int masked_adamw(Dtype dtype, StepTensor* tensors, int64_t count, const AdamwStep& step, const void* rates,
+                 DeviceScalar grad_scale, DeviceScalar found_inf, void* stream);
+
 // One score tensor of topk_mask in storage order: (outer, axis, inner), cut along `axis` into groups of `width`, 4
 // or 1. `keys` has room for a key per group where `width` is 4, `bits` is one bit per group, zero at first. `sizes` and
 // `strides` lead from the logical order of groups to that of storage; none where they are the same.

@@ -14,7 +14,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 KERNELS = ROOT / "csrc/cuda"
-OPERATORS = ["masked_sgd_", "topk_mask"]
+OPERATORS = ["masked_sgd_", "masked_adamw_", "topk_mask"]
 """What csrc/cuda registers."""
 FLAGS = ["-std=c++20", "-O2", "-mfma", "-ffp-contract=off", "-fPIC", "-pthread", "-Wall", "-Werror"]
 FLAGS += ["-Wno-unknown-pragmas", "-Wno-tsan", f"-I{HERE}", f"-I{KERNELS}"]

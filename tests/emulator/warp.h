@@ -194,3 +194,4 @@ inline long long __double_as_longlong(double d) { return std::bit_cast<long long
 using std::fabs;
 using std::fma;
 using std::fmaf;
+using std::sqrt;
