@@ -111,7 +111,7 @@ __device__ __forceinline__ const StepTensor& step_tensor(const StepBatch& batch)
 
 // `update.prepare(index)` reads what one tensor has of its own. kStored of kStates states are in memory.
 template <class S, int kStates, int kStored, class Update>
-__global__ void __launch_bounds__(kStepThreads, 3)
+__global__ void __launch_bounds__(kStepThreads, kStates == 2 ? 2 : 3)
     step_kernel(const __grid_constant__ StepBatch batch, Update update, const DeviceScalar found_inf) {
   if (found_inf.at && read(found_inf) != 0) return;
   const StepTensor& t = step_tensor(batch);
