@@ -16,6 +16,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 KERNELS = ROOT / "csrc/cuda"
 OPERATORS = ["masked_sgd_", "masked_adamw_", "topk_mask"]
+OPERATORS += ["_sparse_product_cuda", "_sparse_input_gradient_cuda", "_sparse_weight_gradient_cuda"]
 """What csrc/cuda registers."""
 FLAGS = ["-std=c++20", "-O2", "-mfma", "-ffp-contract=off", "-fPIC", "-pthread", "-Wall", "-Werror"]
 FLAGS += ["-Wno-unknown-pragmas", "-Wno-tsan", f"-I{HERE}", f"-I{KERNELS}"]
