@@ -3,7 +3,7 @@
 import pytest
 import torch
 from acdc_run import SCHEDULE, setup, zeros
-from method_steps import OPTIMIZERS, batch, iterate, momenta, network
+from method_steps import OPTIMIZERS, assert_compiles_once, batch, iterate, momenta, network
 from torch import nn
 
 import sparsekern as sk
@@ -138,15 +138,7 @@ def test_published_momentum_decays_through_a_sparse_phase():
 
 
 def test_compiled_model_neither_breaks_nor_recompiles():
-    model, optimizer, sparsifier = setup()
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    iterate(compiled, optimizer, sparsifier, 0, 1)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        iterate(compiled, optimizer, sparsifier, 1, 14)
-    plain = setup()
-    iterate(*plain, 0, 14)
-    torch.testing.assert_close(model.state_dict(), plain[0].state_dict())
+    assert_compiles_once(setup, 14)
 
 
 @pytest.mark.parametrize("pattern", ["4x1", "1x4"])

@@ -6,7 +6,7 @@ from method_steps import OPTIMIZERS, iterate, network, resumed_from
 from test_acdc import SCHEDULE
 
 import sparsekern as sk
-from sparsekern.schedules import PhaseSchedule, PhaseSpan
+from sparsekern.phases import PhaseSchedule, PhaseSpan
 
 
 def setup(kind="masked", sparsity=0.9, schedule=SCHEDULE, **kwargs):

@@ -143,6 +143,13 @@ def test_unknown_backend_is_refused(monkeypatch):
 
 
 @compiled
+def test_instruction_set_is_capped():
+    result = step_and_doctor(ROOT, SPARSEKERN_CPU_ISA="scalar")
+    assert "kernels use     scalar" in result.stdout
+    assert "SPARSEKERN_CPU_ISA=scalar caps" in result.stdout.split("degradations")[1]
+
+
+@compiled
 def test_unknown_instruction_set_is_refused():
     result = python(ROOT, "-c", "import sparsekern", SPARSEKERN_CPU_ISA="sse9")
     assert result.returncode != 0 and "got 'sse9', allowed are scalar, avx2, avx512" in result.stderr

@@ -4,10 +4,20 @@ import copy
 
 import pytest
 import torch
-from method_steps import OPTIMIZERS, assert_pruned_are_zero, batch, iterate, momenta, network, resumed_from
+from method_steps import (
+    OPTIMIZERS,
+    assert_compiles_once,
+    assert_pruned_are_zero,
+    batch,
+    iterate,
+    momenta,
+    network,
+    resumed_from,
+)
 from torch import nn
 
 import sparsekern as sk
+from sparsekern.methods.regrow import _complement
 from sparsekern.updates import UpdateSchedule
 
 SCHEDULE = UpdateSchedule(start=3, stop=9, every=3, total_steps=12)
@@ -71,6 +81,12 @@ def test_live_zeros_stay_before_pruned_ones(kind):
 def test_grown_weight_has_no_momentum_where_pruned_momentum_decays():
     _, momentum, mask = one_layer([0.0, 0.0, 0.0, 0.5, -0.7, 0.2], "masked", policy="decay")
     assert mask[4] and momentum[4] == 0
+
+
+@pytest.mark.parametrize("count", [0, 5, 8, 13])
+def test_complement_of_packed_bits_leaves_padding_zero(count):
+    mask = torch.arange(count) % 3 == 0
+    assert torch.equal(_complement(sk.ops.pack_mask(mask), count), sk.ops.pack_mask(~mask))
 
 
 def test_drop_fraction_follows_the_cosine():
@@ -180,15 +196,7 @@ def test_blocks_are_dropped_and_grown_whole(method, pattern):
 
 
 def test_compiled_model_neither_breaks_nor_recompiles():
-    model, optimizer, sparsifier = setup()
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    iterate(compiled, optimizer, sparsifier, 0, 1)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        iterate(compiled, optimizer, sparsifier, 1, 8)
-    plain = setup()
-    iterate(*plain, 0, 8)
-    torch.testing.assert_close(model.state_dict(), plain[0].state_dict())
+    assert_compiles_once(setup, 8)
 
 
 def test_timeline_says_what_an_update_does():
@@ -230,6 +238,19 @@ def test_granet_prunes_by_its_curve_over_all_layers():
     total = 216 + 720 + 960
     assert found[2] == sk.keep_count(total, at[0]) and found[5] == found[8] == sk.keep_count(total, 0.9)
     assert setup("granet", initial=0.0)[2].masks.density() == 1.0
+
+
+def test_granet_prunes_among_live_weights_also_in_a_tie():
+    model, optimizer, sparsifier = setup("granet", drop_fraction=0.0, last_fraction=0.0)
+    before = {n: sparsifier.masks.bool(n) for n in sparsifier.masks}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+            p.grad = torch.zeros_like(p)
+    for _ in range(3):
+        optimizer.step()
+        sparsifier.step()
+    assert sparsifier.updates == 1 and all((sparsifier.masks.bool(n) <= before[n]).all() for n in before)
 
 
 @pytest.mark.parametrize("method", ["rigl", "itop", "granet"])
