@@ -99,7 +99,11 @@ def _powerpropagation(sparsity: float, length: Length, **rest: Any) -> Sparsifie
 
 METHODS = {
     "dense": Method(DenseTraining, _unchosen(DenseTraining), ()),
-    "acdc": Method(ACDC, lambda sparsity, length, **rest: ACDC(sparsity, acdc_schedule(length.epochs), **rest)),
+    "acdc": Method(
+        ACDC,
+        lambda sparsity, length, **rest: ACDC(sparsity, acdc_schedule(length.epochs), **rest),
+        (*BLOCKS, N_OF_M),
+    ),
     "gmp": Method(GMP, _updates(GMP)),
     "extended-gmp": Method(GMP, _updates(GMP, layer_sparsity=EXTENDED)),
     "rigl": Method(RigL, _updates(RigL)),
@@ -107,7 +111,7 @@ METHODS = {
     "rigl-itop": Method(RigLITOP, _updates(RigLITOP)),
     "granet": Method(GraNet, _from_initial(GraNet, 0.5)),
     "topkast": Method(TopKAST, _topkast),
-    "powerpropagation": Method(Powerpropagation, _powerpropagation),
+    "powerpropagation": Method(Powerpropagation, _powerpropagation, (*BLOCKS, N_OF_M)),
     "powerpropagation-topkast": Method(
         TopKAST, lambda sparsity, length, **rest: _topkast(sparsity, length, **{"alpha": 2.0, **rest})
     ),
