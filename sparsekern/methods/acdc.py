@@ -25,7 +25,7 @@ class ACDC(Sparsifier):
     """Drives the phases of one model; `attach` once, then `step` last in every iteration.
 
     `schedule` is an `acdc_schedule(epochs=...)`, or a PhaseSchedule in optimizer steps whose last phase is sparse at
-    `sparsity`. `pattern` (n:m too), `distribution` and `layer_sparsity` are described in `sparsekern.methods.allocation`;
+    `sparsity`. `pattern` (n:m too), `distribution` and `layer_sparsity` are those of `sparsekern.methods.allocation`;
     `include` and `exclude` choose weights by name (re.search). `reset` says whose momentum a new dense phase clears:
     "all" (default, as published), "pruned" or "none".
 
