@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "dispatch.h"
-#include "sparse_rows.h"
+#include "sparse_buffer.h"
 
 namespace sparsekern {
 
@@ -224,20 +224,6 @@ void multiply(const Grid& grid, const Plan& plan, const Image<const float>& inpu
   } else {
     run_tiles(product, tiles, channels, rows);
   }
-}
-
-bool sparse_product(const Grid& grid, const Image<const float>& input, const SparseWeight& weight, const float* bias,
-                    const Image<float>& output) {
-  thread_local Buffer<int32_t> offsets;
-  thread_local Buffer<float> values;
-  const int64_t channels = weight.channels * weight.groups;
-  const Plan plan(grid, channels, weight.tall, input.strides);
-  int32_t* const at = offsets.get(weight.blocks);
-  float* const held = values.get(weight.blocks * weight.tall * weight.wide);
-  if (!gather(weight, column_table(grid, weight, plan.width), plan.width, at, held)) return false;
-  multiply(grid, plan, input, channels, {weight.pointers, at, held, bias, 0, weight.tall, weight.wide, true},
-           weight.block_rows(), output);
-  return true;
 }
 
 }  // namespace sparsekern
