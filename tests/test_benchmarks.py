@@ -217,6 +217,6 @@ def test_table_shows_the_last_run_and_its_losing_rows(tmp_path):
         ]  # fmt: skip
         harness.record("sparse_conv2d", rows, {**where, "commit": commit}, tmp_path)
     text = table.render(tmp_path)
-    assert "| forward | 4x1 | 1.12x (0.25 to 2.00; 1 of 2 slower); whole network 0.50x |" in text
+    assert "| forward | dense | 4x1 | 1.12x (0.25 to 2.00; 1 of 2 slower); whole network 0.50x |" in text
     assert "commit new" in text and "old" not in text
     assert "3 of 3 rows noisy" in text and "3 of 3 rows run the plain PyTorch reference" in text

@@ -40,6 +40,18 @@ def _unobserved(*tensors: Tensor | None) -> bool:
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
+def _exact(given: tuple[Any, ...]) -> bool:
+    """Ints and tuples of them: a list has no hash, and 1.0 and True have that of 1 but are refused."""
+    for value in given:
+        if type(value) is tuple:
+            for part in value:
+                if type(part) is not int:
+                    return False
+        elif type(value) is not int:
+            return False
+    return True
+
+
 def _key(input: Tensor, weight: Tensor, given: tuple[Any, ...]) -> tuple[Any, ...]:
     return input.shape, input.stride(), weight.shape, weight.stride(), given
 
@@ -58,10 +70,9 @@ def repeat(
     """The result, if an equal call is known; ``given`` is its geometry as the caller wrote it."""
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor) and _direct(input, weight, structure, bias)):
         return None
-    try:
-        call = sparse_kernels.remembered(structure.tensors).get(_key(input, weight, given))
-    except TypeError:  # a list has no hash
+    if not _exact(given):
         return None
+    call = sparse_kernels.remembered(structure.tensors).get(_key(input, weight, given))
     if call is None:
         return None
     result = torch.empty(call.output, dtype=torch.float32, memory_format=call.memory_format)
@@ -79,9 +90,7 @@ def remember(
     result: Tensor,
 ) -> None:
     """Keep a call that passed all checks, if its like may skip them; operands must be dense as they are."""
-    # 1.0 and True have the hash of 1, but are refused.
-    exact = all(type(v) is int or (type(v) is tuple and all(type(i) is int for i in v)) for v in given)
-    if not exact or not _direct(input, weight, structure, bias):
+    if not _exact(given) or not _direct(input, weight, structure, bias):
         return
     form = torch.contiguous_format if result.is_contiguous() else torch.channels_last
     sparse = sparse_kernels.Weight(weight, structure.tensors, structure.layout, structure.shape, structure.groups)

@@ -86,6 +86,9 @@ class Weight:
         ``input`` and ``result`` (or its gradient) are 4-d; ``geometry`` is stride, padding, dilation, each vertical
         and horizontal.
         """
+        kept = self.structure[1].numel() * (1 if self.layout == "unstructured" else 4)
+        if self.values.dim() == 1 and self.values.numel() != kept:
+            raise ValueError(f"weight has {self.values.numel()} packed values: expected {kept}, as structure keeps")
         found = remembered(self.structure)
         key = self._key(kind, input, result, geometry)
         plan = found.get(key)

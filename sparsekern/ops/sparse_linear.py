@@ -3,8 +3,8 @@
 This file is the specification of ``torch.ops.sparsekern.sparse_linear`` and of its backward; kernels agree with
 `reference` to the rounding of a sum taken in another order.
 
-- ``input``: (*, in), any number of leading dims, any strides. ``weight``: (out, in), dense, or its kept values only, 1-d, as
-  ``structure.pack`` orders them; bare operators are then told the ``shape`` of the weight.
+- ``input``: (*, in), any number of leading dims, any strides. ``weight``: (out, in), dense, or its kept values only,
+  1-d, as ``structure.pack`` orders them; bare operators are then told the ``shape`` of the weight.
 - W is the weight where ``structure`` (see `sparsekern.ops.sparse_structure`) keeps it and 0 elsewhere, selected and
   never multiplied: NaN and Inf off the mask reach nothing. The layer of a pruned model in arXiv 2308.02060.
 - A non-finite input may or may not reach an output that sees it through pruned weights only (0 * NaN).
