@@ -6,12 +6,13 @@ every caller, on every device and rank, agrees on them.
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from numbers import Rational, Real
 
-__all__ = ["check_sparsity", "global_budget", "keep_count", "uniform"]
+__all__ = ["check_sparsity", "erk", "global_budget", "keep_count", "uniform"]
 
 
 def check_sparsity(sparsity: float | Fraction, name: str = "sparsity") -> Fraction:
@@ -58,6 +59,39 @@ def uniform(sizes: Mapping[str, int], sparsity: float | Fraction, dense: Iterabl
     for name, size in sizes.items():
         n = _check_size(size, f"sizes[{name!r}]")
         counts[name] = n if name in kept_dense else _keep(n, exact)
+    return counts
+
+
+def erk(
+    shapes: Mapping[str, Sequence[int]], sparsity: float | Fraction, sizes: Mapping[str, int] | None = None
+) -> dict[str, int]:
+    """Kept weights per layer in the Erdos-Renyi-Kernel distribution (arXiv 1911.11134; google-research/rigl).
+
+    A layer's density is eps * sum(shape) / product(shape), over all dimensions; eps is such that the whole keeps
+    exactly `global_budget`. Layers that would exceed 1 are dense, and eps is solved again for the others until none
+    does. Counts are rounded down and what is missing goes to the largest remainders, so they add up exactly. `sizes`
+    counts something other than weights, such as blocks of four, at the same densities.
+    """
+    if sizes is None:
+        sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    left = global_budget(sizes, sparsity)
+    raw = {n: Fraction(sum(shape), math.prod(shape)) for n, shape in shapes.items() if math.prod(shape)}
+    counts = dict.fromkeys(shapes, 0)
+    while raw:
+        eps = Fraction(left) / sum(share * sizes[name] for name, share in raw.items())
+        dense = [name for name, share in raw.items() if eps * share >= 1]
+        if not dense:
+            break
+        for name in dense:
+            counts[name] = sizes[name]
+            left -= sizes[name]
+            del raw[name]
+    exact = {name: eps * share * sizes[name] for name, share in raw.items()}
+    counts.update({name: math.floor(value) for name, value in exact.items()})
+    missing = left - sum(math.floor(value) for value in exact.values())
+    # Stable, so that equal remainders are served in the order of the layers.
+    for name in sorted(exact, key=lambda name: math.floor(exact[name]) - exact[name])[:missing]:
+        counts[name] += 1
     return counts
 
 

@@ -19,8 +19,12 @@ import sparsekern as sk
 from sparsekern import _library
 
 VARIABLES = ("SPARSEKERN_BACKEND", "SPARSEKERN_CPU_ISA", "SPARSEKERN_CUDA")
-EXTRAS = {"train": ("sklearn", "scikit-learn"), "vision": ("torchvision", "torchvision"), "ffcv": ("ffcv", "ffcv")}
-"""Name of each extra -> its module and its distribution."""
+EXTRAS = {
+    "train": {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"},
+    "vision": {"torchvision": "torchvision"},
+    "ffcv": {"ffcv": "ffcv"},
+}
+"""Name of each extra -> its modules and their distributions."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -107,11 +111,12 @@ def _backend(name: str, key: str) -> str:
 
 
 def _extras() -> Iterator[tuple[str, str]]:
-    for extra, (module, distribution) in EXTRAS.items():
-        if importlib.util.find_spec(module):
-            yield extra, f"{distribution} {importlib.metadata.version(distribution)}"
-        else:
-            yield extra, f"{distribution} is missing; pip install 'sparsekern[{extra}]'"
+    for extra, modules in EXTRAS.items():
+        there = {distribution: bool(importlib.util.find_spec(module)) for module, distribution in modules.items()}
+        found = [f"{name} {importlib.metadata.version(name)}" for name, is_there in there.items() if is_there]
+        missing = ", ".join(name for name, is_there in there.items() if not is_there)
+        cure = [f"without {missing}: pip install 'sparsekern[{extra}]'"] if missing else []
+        yield extra, "; ".join([*([", ".join(found)] if found else []), *cure])
 
 
 def _module():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from sparsekern.methods.base import layer_weights
+from sparsekern.methods.selection import layer_weights
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,12 @@
-"""When a model trains dense and when sparse, and how the learning rate moves: pure functions of the step number.
+"""When a model trains dense and when sparse: a pure function of the step number.
 
-A schedule here knows nothing of models. `PhaseSchedule` answers "which phase is step t in"; `acdc_schedule` builds the
-alternation of dense and sparse phases of AC/DC for a run of any length; the `*_lr` functions give learning-rate
-multipliers to hand to any optimizer, for example through `torch.optim.lr_scheduler.LambdaLR`.
+A schedule here knows nothing of models. `acdc_schedule` builds the alternation of dense and sparse phases of AC/DC for
+a run of any length; its `resolve` gives a `PhaseSchedule`, which answers "which phase is step t in".
 """
 
 from __future__ import annotations
 
 import math
-import operator
-from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -17,6 +14,7 @@ from numbers import Rational, Real
 from typing import Literal, get_args
 
 from sparsekern.distributions import check_sparsity
+from sparsekern.phases import Dense, Phase, PhaseSchedule, PhaseSpan, Sparse, check_whole
 
 __all__ = [
     "AcdcRule",
@@ -28,9 +26,6 @@ __all__ = [
     "PhaseSpan",
     "Sparse",
     "acdc_schedule",
-    "constant_lr",
-    "cosine_lr",
-    "linear_lr",
 ]
 
 PhaseKind = Literal["D", "S"]
@@ -45,109 +40,6 @@ _LAST_SPARSE = 15
 # The shortest run that holds the warm-up, one short sparse phase and both last phases. Below it the list is scaled.
 _SHORTEST_REFERENCE = _FIRST_DENSE + _PHASE + _LAST_DENSE + _LAST_SPARSE
 _SCALED_FROM = 100
-
-
-@dataclass(frozen=True)
-class Dense:
-    """A phase in which every weight trains."""
-
-    def __str__(self) -> str:
-        return "dense"
-
-
-@dataclass(frozen=True)
-class Sparse:
-    """A phase in which the share `sparsity` of the prunable weights is held at zero."""
-
-    sparsity: float
-
-    def __post_init__(self) -> None:
-        check_sparsity(self.sparsity)
-
-    def __str__(self) -> str:
-        return f"sparse {float(self.sparsity) * 100:.6g}%"
-
-
-Phase = Dense | Sparse
-
-
-@dataclass(frozen=True)
-class PhaseSpan:
-    """One phase and the optimizer steps it covers: `start` is its first step, `stop` the first step after it."""
-
-    start: int
-    stop: int
-    phase: Phase
-
-    def __post_init__(self) -> None:
-        start, stop = _whole(self.start, "start", least=0), _whole(self.stop, "stop", least=0)
-        if stop <= start:
-            raise ValueError(f"stop must be greater than start, got start={start} and stop={stop}")
-        if not isinstance(self.phase, Dense | Sparse):
-            raise TypeError(f"phase must be Dense() or Sparse(sparsity), got {self.phase!r}")
-
-    @property
-    def steps(self) -> int:
-        return self.stop - self.start
-
-
-@dataclass(frozen=True)
-class PhaseSchedule:
-    """The phases of a whole run, in optimizer steps: without gaps or overlaps, from step 0 on."""
-
-    phases: tuple[PhaseSpan, ...]
-
-    def __post_init__(self) -> None:
-        # A list would be accepted by everything below and then make this "frozen" value changeable and unhashable.
-        if not isinstance(self.phases, tuple):
-            raise TypeError(f"phases must be a tuple of PhaseSpan, got {type(self.phases).__name__}")
-        if not self.phases:
-            raise ValueError("phases must hold at least one PhaseSpan, got an empty tuple")
-        expected = 0
-        for index, span in enumerate(self.phases):
-            if not isinstance(span, PhaseSpan):
-                raise TypeError(f"phases[{index}] must be a PhaseSpan, got {span!r}")
-            if span.start != expected:
-                raise ValueError(f"phases[{index}] must start at step {expected}, got start={span.start}")
-            expected = span.stop
-
-    @property
-    def total_steps(self) -> int:
-        return self.phases[-1].stop
-
-    @property
-    def edges(self) -> tuple[int, ...]:
-        """The steps at which a new phase begins, in order. Step 0, where nothing changes, is not an edge."""
-        return tuple(span.start for span in self.phases[1:])
-
-    def at(self, step: int) -> Phase:
-        """The phase of optimizer step `step`, counted from 0.
-
-        From `total_steps` on it is the last phase: a run that trains on stays as it ended.
-        """
-        step = _whole(step, "step", least=0)
-        return self.phases[bisect_right(self.phases, step, key=lambda span: span.start) - 1].phase
-
-    def timeline(self) -> str:
-        """A table for people: one line for each phase with its first and last step, then the totals."""
-        head = ("#", "phase", "first step", "last step", "steps")
-        rows = [
-            (str(index), str(span.phase), str(span.start), str(span.stop - 1), str(span.steps))
-            for index, span in enumerate(self.phases, start=1)
-        ]
-        widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if column == 1 else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in (head, *rows)
-        ]
-        dense = sum(span.steps for span in self.phases if isinstance(span.phase, Dense))
-        share = 100 * dense / self.total_steps
-        noun = "phase" if len(self.phases) == 1 else "phases"
-        lines.append(f"{len(self.phases)} {noun}, {self.total_steps} steps, {dense} of them dense ({share:.1f}%)")
-        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -207,7 +99,7 @@ class AcdcSchedule:
         short runs, its two edges coincide and both are dropped; the first step stays dense and the last one sparse.
         `sparsity` may be left out if the schedule carries one.
         """
-        per_epoch = _whole(steps_per_epoch, "steps_per_epoch", least=1)
+        per_epoch = check_whole(steps_per_epoch, "steps_per_epoch", least=1)
         if sparsity is not None:
             check_sparsity(sparsity)
         if sparsity is not None and self.sparsity is not None and sparsity != self.sparsity:
@@ -242,9 +134,9 @@ class AcdcSchedule:
     def _sparseml(self) -> tuple[int, int, int]:
         # Only reached with the three set; the checks double as the conversion from None-able to int.
         return (
-            _whole(self.start, "start", least=0),
-            _whole(self.end, "end", least=1),
-            _whole(self.freq, "freq", least=1),
+            check_whole(self.start, "start", least=0),
+            check_whole(self.end, "end", least=1),
+            check_whole(self.freq, "freq", least=1),
         )
 
     def _sparseml_list(self) -> list[tuple[Fraction, PhaseKind]]:
@@ -289,42 +181,6 @@ def acdc_schedule(
     return AcdcSchedule(epochs=epochs, rule=rule, sparsity=sparsity, start=start, end=end, freq=freq)
 
 
-def linear_lr(step: int, *, total_steps: int, warmup_steps: int = 0) -> float:
-    """Learning-rate multiplier: linear warm-up to 1, then a straight line that reaches 0 at `total_steps`.
-
-    Warm-up step i of w gets (i + 1) / w: no step is wasted at rate 0, and the last warm-up step has the full rate.
-    """
-    warmup, progress = _lr_position(step, total_steps, warmup_steps)
-    return warmup if warmup is not None else 1.0 - progress
-
-
-def cosine_lr(step: int, *, total_steps: int, warmup_steps: int = 0) -> float:
-    """Learning-rate multiplier: linear warm-up to 1 as in `linear_lr`, then half a cosine to 0 at `total_steps`."""
-    warmup, progress = _lr_position(step, total_steps, warmup_steps)
-    return warmup if warmup is not None else 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def constant_lr(step: int, *, total_steps: int, warmup_steps: int = 0) -> float:
-    """Learning-rate multiplier: linear warm-up to 1 as in `linear_lr`, then 1."""
-    warmup, _ = _lr_position(step, total_steps, warmup_steps)
-    return warmup if warmup is not None else 1.0
-
-
-def _lr_position(step: int, total_steps: int, warmup_steps: int) -> tuple[float | None, float]:
-    """(warm-up multiplier or None once it is over, share of the steps after the warm-up that lie behind)."""
-    step = _whole(step, "step", least=0)
-    total = _whole(total_steps, "total_steps", least=1)
-    warmup = _whole(warmup_steps, "warmup_steps", least=0)
-    if warmup > total:
-        raise ValueError(f"warmup_steps must be at most total_steps={total}, got {warmup}")
-    if step < warmup:
-        return (step + 1) / warmup, 0.0
-    # Schedulers ask for one step past the end after the last update; that and anything later is the end.
-    if step >= total:
-        return None, 1.0
-    return None, (step - warmup) / (total - warmup)
-
-
 def _reference_list(epochs: Fraction) -> list[tuple[Fraction, PhaseKind]]:
     plan: list[tuple[Fraction, PhaseKind]] = [(Fraction(0), "D")]
     start = Fraction(_FIRST_DENSE)
@@ -358,15 +214,3 @@ def _exact_epochs(epochs: int | float | Fraction) -> Fraction:
 def _round_half_up(value: Fraction) -> int:
     # Not round(): its halves go to the even neighbour, which makes equal phases at half steps unequal in length.
     return math.floor(value + Fraction(1, 2))
-
-
-def _whole(value: int | None, name: str, least: int) -> int:
-    try:
-        number = None if isinstance(value, bool) or value is None else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None:
-        raise TypeError(f"{name} must be a whole number of at least {least}, got {value!r} of {type(value).__name__}")
-    if number < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    return number

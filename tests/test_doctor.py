@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -63,6 +64,21 @@ def test_names_versions_backends_and_instruction_set(capsys):
     assert row(report, "topk_mask").startswith("CPU: compiled kernel")
     assert f"kernels use     {torch.ops.sparsekern.cpu_isa()}" in report
     assert "scalar" in row(report, "kernels") and "SPARSEKERN_CUDA=" in row(report, "CUDA")
+
+
+def test_extras_are_those_of_the_package_each_with_its_cure(monkeypatch):
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 and newer")
+    path = ROOT / "pyproject.toml"
+    if not path.exists():
+        pytest.skip("needs the checkout")
+    declared = tomllib.loads(path.read_text())["project"]["optional-dependencies"]
+    names = {extra: {re.split("[>;]", text)[0] for text in texts} - {"tomli"} for extra, texts in declared.items()}
+    assert names == {extra: set(modules.values()) for extra, modules in doctor.EXTRAS.items()}
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda module: module == "tqdm" or None)
+    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: "9.9")
+    rows = dict(doctor._extras())
+    assert rows["train"] == "tqdm 9.9; without scikit-learn, matplotlib: pip install 'sparsekern[train]'"
+    assert rows["vision"] == "without torchvision: pip install 'sparsekern[vision]'"
 
 
 @compiled

@@ -166,12 +166,29 @@ def test_known_zero_gives_the_same_result_and_leaves_dead_memory(native, dtype, 
     step(native, *want, **options)
     torch.testing.assert_close(got, want, rtol=0, atol=0)
     if density == 0:  # the promise is taken at its word
-        w = torch.ones(64, dtype=dtype)
-        args = [w], [w.clone()], [w.clone()], [torch.zeros(8, dtype=torch.uint8)], torch.zeros(1).byte()
+        w = torch.ones(1024, dtype=dtype)  # memory is looked at in stretches of up to so many weights
+        args = [w], [w.clone()], [w.clone()], [torch.zeros(128, dtype=torch.uint8)], torch.zeros(1).byte()
         step(native, *args, mu=0.9, known_zero=[True])
         assert w.all() and args[2][0].all()
         step(native, *args, mu=0.9, known_zero=[False])
         assert not w.any() and not args[2][0].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_known_zero_across_stretches_of_every_density(native, dtype):
+    density = torch.tensor([0.0, 0.01, 0.6, 0.0, 0.1, 0.02, 1.0, 0.001]).repeat(4).repeat_interleave(7777)
+    torch.manual_seed(0)
+    keep = torch.rand(density.numel()) < density
+    w, g, v = (torch.randn(density.numel(), dtype=dtype) for _ in range(3))
+    w, v = w * keep, v * keep
+    tensors = [w[start:].clone() for start in (0, 5000, 100_000)]  # each an own length, in one list
+    masks = [sk.ops.pack_mask(keep[start:].clone()) for start in (0, 5000, 100_000)]
+    got = tensors, [g[-t.numel() :].clone() for t in tensors], [v[-t.numel() :].clone() for t in tensors], masks
+    got = *got, torch.zeros(3).byte()
+    want = copy.deepcopy(got)
+    step(native, *got, mu=0.9, weight_decay=0.01, known_zero=[True] * 3)
+    step(native, *want, mu=0.9, weight_decay=0.01)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
 def test_version_counters_are_bumped():

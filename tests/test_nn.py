@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import sparsekern as sk
-from sparsekern.schedules import PhaseSchedule, PhaseSpan
+from sparsekern.phases import PhaseSchedule, PhaseSpan
 
 
 def always(module, structure, input):

@@ -75,6 +75,17 @@ def large(kind):
     }
     if kind in special:
         return [special[kind]], SAMPLED // 10, True, []
+    if kind in ("all but zeros", "one zero", "all but one"):
+        live = special["mostly zero"]
+        return (
+            [live],
+            int(live.count_nonzero()) + ["all but one", "all but zeros", "one zero"].index(kind) - 1,
+            True,
+            [],
+        )
+    if kind in ("capped", "capped and one", "two-sided"):
+        capped = normal.clamp(-0.3 if kind == "two-sided" else -9.0, 0.3)
+        return [capped], int((capped == capped.max()).sum()) + (kind != "capped"), False, []
     if kind == "one huge, many tiny":
         return [*normal[:900].split(3), normal[900:], normal[:0], normal[:70].double().float()], 40_000, True, []
     if kind == "channels_last ties":
@@ -97,7 +108,7 @@ def large(kind):
 
 KINDS = ["equal", "zeros", "two values", "denormal", "same leading bits", "mostly zero", "infinite", "sorted", "few"]
 KINDS += ["one huge, many tiny", "channels_last ties", "candidates", "too few candidates", "half", "bfloat16", "signed"]
-KINDS += ["median"]
+KINDS += ["median", "all but zeros", "one zero", "all but one", "capped", "capped and one", "two-sided"]
 
 
 @functools.cache

@@ -48,6 +48,18 @@ bool same_layout(const Tensor& a, const Tensor& b) {
   return true;
 }
 
+// Whether the elements fill their memory, in any order of the dimensions: the kernel walks it from end to end.
+bool is_dense(const Tensor& t) {
+  if (t.is_contiguous() || t.numel() == 0) return true;
+  const auto sizes = t.sizes(), strides = t.strides();
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    int64_t inside = 1;
+    for (size_t e = 0; e < sizes.size(); ++e) inside *= strides[e] < strides[d] ? sizes[e] : 1;
+    if (sizes[d] != 1 && strides[d] != inside) return false;
+  }
+  return true;
+}
+
 // Elements per task: 32 Ki, that is 640 KiB of float32 traffic, and a multiple of the 16 lanes that share mask bytes.
 constexpr int64_t kGrain = int64_t{1} << 15;
 
@@ -61,6 +73,8 @@ void masked_sgd_cpu(std::vector<Tensor> params, std::vector<Tensor> grads, std::
                   "masked_sgd_: params, grads, masks and fresh must have one entry per parameter");
   STD_TORCH_CHECK(mu == 0 || momentum.size() == count, "masked_sgd_: momentum must have one entry per parameter");
   STD_TORCH_CHECK(fresh.scalar_type() == ScalarType::Byte && fresh.is_contiguous(), "masked_sgd_: fresh must be uint8");
+  STD_TORCH_CHECK(momentum_policy == "mask" || momentum_policy == "decay",
+                  "masked_sgd_: momentum_policy must be 'mask' or 'decay', got '", momentum_policy, "'");
   STD_TORCH_CHECK(known_zero.empty() || (known_zero.size() == count && momentum_policy == "mask"),
                   "masked_sgd_: known_zero must be empty, or have one entry per parameter and momentum_policy 'mask'");
   uint8_t* const is_fresh = fresh.mutable_data_ptr<uint8_t>();
@@ -70,6 +84,7 @@ void masked_sgd_cpu(std::vector<Tensor> params, std::vector<Tensor> grads, std::
   int64_t elements = 0;
   for (size_t i = 0; i < count; ++i) {
     const Tensor& p = params[i];
+    STD_TORCH_CHECK(p.is_cpu() && is_dense(p), "masked_sgd_: params[", i, "] must fill its memory, on the CPU");
     STD_TORCH_CHECK(same_layout(p, grads[i]), "masked_sgd_: grads[", i, "] must have the layout of params[", i, "]");
     STD_TORCH_CHECK(mu == 0 || same_layout(p, momentum[i]), "masked_sgd_: momentum[", i, "] must match params[", i,
                     "]");
@@ -104,10 +119,12 @@ void masked_sgd_cpu(std::vector<Tensor> params, std::vector<Tensor> grads, std::
   const int64_t tasks = first_task[count], grain = tasks / std::max(int64_t{1}, elements / kGrain) + 1;
   torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
     size_t i = std::upper_bound(first_task.begin(), first_task.end(), begin) - first_task.begin() - 1;
-    for (int64_t task = begin; task < end; ++task) {
-      while (task >= first_task[i + 1]) ++i;
-      const int64_t from = (task - first_task[i]) * kGrain;
-      step(tensors[i], options, from, std::min(from + kGrain, static_cast<int64_t>(params[i].numel())));
+    while (begin < end) {
+      while (begin >= first_task[i + 1]) ++i;
+      const int64_t until = std::min(end, first_task[i + 1]), size = params[i].numel();
+      // All tasks of one tensor in one call, which can then fetch memory ahead without a break.
+      step(tensors[i], options, (begin - first_task[i]) * kGrain, std::min((until - first_task[i]) * kGrain, size));
+      begin = until;
     }
   });
   std::fill(is_fresh, is_fresh + count, uint8_t{0});

@@ -159,20 +159,24 @@ void add_group_bits(Scores& all) {
 int64_t select(const Scores& all, const std::vector<int64_t>& keep, bool global_budget) {
   if (global_budget) return topk_select(TopkSpan(all.tensors.data(), all.groups), all.layouts.data(), keep[0]);
   std::atomic<int64_t> status{0};
-  const auto one = [&](int64_t i) {
+  const auto one = [&](size_t i) {
     status |= topk_select(TopkSpan(&all.tensors[i], {all.groups[i]}), &all.layouts[i], keep[i]);
   };
-  // Large tensors one by one, each on all threads; then the small ones side by side.
-  std::vector<int64_t> small;
+  // Very large tensors one by one, each on all threads; then the others side by side, the largest first.
+  const int64_t total = std::accumulate(all.groups.begin(), all.groups.end(), int64_t{0});
+  std::vector<size_t> rest;
   for (size_t i = 0; i < all.tensors.size(); ++i) {
-    if (all.groups[i] > 4 * kTopkGrain) {
-      one(static_cast<int64_t>(i));
+    if (all.groups[i] > std::max(total / 8, 4 * kTopkGrain)) {
+      one(i);
     } else {
-      small.push_back(static_cast<int64_t>(i));
+      rest.push_back(i);
     }
   }
-  torch::stable::parallel_for(0, static_cast<int64_t>(small.size()), 1, [&](int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; ++i) one(small[i]);
+  std::sort(rest.begin(), rest.end(), [&](size_t a, size_t b) { return all.groups[a] > all.groups[b]; });
+  std::atomic<size_t> next{0};
+  torch::stable::parallel_for(0, static_cast<int64_t>(rest.size()), 1, [&](int64_t, int64_t) {
+    // Whoever is free takes the next, whatever the range says.
+    for (size_t i = next++; i < rest.size(); i = next++) one(rest[i]);
   });
   return status;
 }

@@ -1,5 +1,6 @@
 // Selection for topk_mask on CPU in one pass over the scores. A sample brackets the threshold; the pass writes the bits
-// of all that lies above the bracket and collects what lies inside, a few per cent, where the rest is settled.
+// of all that lies above the bracket and collects what lies inside, a few per cent, where the rest is settled. Where so
+// many scores share one value that too much would be collected, that value bounds the bracket and is only counted.
 #include <array>
 #include <atomic>
 #include <bit>
@@ -14,22 +15,30 @@
 namespace sparsekern {
 namespace {
 
-// One group of every 64, at most.
 constexpr int64_t kMostSamples = int64_t{1} << 15;
 // Below this many groups the passes of the radix selection stay in cache, and the sample would not pay.
 constexpr int64_t kSampleFrom = int64_t{1} << 18;
 // Collected groups take 6 bytes each: at most a sixteenth of the size of float32 scores.
 constexpr int64_t kCollectedShare = 24;
 
+// Keys in [lo, hi] are collected. `below` and `over`, where not 0, are keys next to those that are only counted.
 struct Bracket {
-  uint32_t lo, hi;
+  uint32_t lo, hi, below, over;
 };
+
+// So many that the threshold lies between ten standard deviations of its rank, which take a 32nd of the groups; more of
+// a long list, where collecting costs more than the sample.
+int64_t sample_size(double share, int64_t total) {
+  const int64_t precise = static_cast<int64_t>(320.0 * 320.0 * share * (1 - share));
+  return std::min(std::max({precise, total / 1024, int64_t{1024}}), std::min(kMostSamples, total / 32));
+}
 
 // Keys between which the threshold lies but for one case in a million; none if too much would lie there with it.
 std::optional<Bracket> sample_bracket(const TopkSpan& span, int64_t keep, int64_t total) {
   std::vector<int64_t> first{0};
   for (int64_t size : span.sizes) first.push_back(first.back() + size);
-  const int64_t samples = std::min(kMostSamples, total / 64);
+  const double share = static_cast<double>(keep) / static_cast<double>(total);
+  const int64_t samples = sample_size(share, total);
   std::vector<uint32_t> keys(samples);
   torch::stable::parallel_for(0, samples, 1024, [&](int64_t from, int64_t to) {
     // One group of each of the equal stretches, at a place that no period of the scores can follow.
@@ -51,18 +60,34 @@ std::optional<Bracket> sample_bracket(const TopkSpan& span, int64_t keep, int64_
     }
     kernels().topk_gather(span.tensors[tensor], places.data(), held, &keys[to - held]);
   });
-  const double count = static_cast<double>(samples), share = static_cast<double>(keep) / static_cast<double>(total);
+  const double count = static_cast<double>(samples);
   const double margin = 5 * std::sqrt(share * (1 - share) * count) + 2;
   const int64_t best = static_cast<int64_t>(share * count - margin);
   const int64_t worst = static_cast<int64_t>(share * count + margin);
-  const auto nth = [&](int64_t n) {
-    std::nth_element(keys.begin(), keys.begin() + n, keys.end(), std::greater<>());
+  // From the lower rank to the higher, which then lies in the part sorted out before it.
+  const auto nth = [&](int64_t n, int64_t end) {
+    std::nth_element(keys.begin(), keys.begin() + n, keys.begin() + end, std::greater<>());
     return keys[n];
   };
-  const Bracket bracket{worst < samples ? std::max(nth(worst), 1u) : 1u, best > 0 ? nth(best) : 0xfffffffeu};
-  const int64_t within =
-      std::count_if(keys.begin(), keys.end(), [&](uint32_t key) { return key >= bracket.lo && key <= bracket.hi; });
-  if (within > samples / kCollectedShare) return std::nullopt;
+  Bracket bracket{1, 0xfffffffeu, 0, 0};
+  if (worst < samples) bracket.lo = std::max(nth(worst, samples), 1u);
+  if (best > 0) bracket.hi = nth(best, std::min(worst, samples));
+  const int64_t room = samples / kCollectedShare;
+  int64_t within = 0, lowest = 0, highest = 0;
+  for (uint32_t key : keys) {
+    within += (key >= bracket.lo) & (key <= bracket.hi);
+    lowest += key == bracket.lo;
+    highest += key == bracket.hi;
+  }
+  if (within > room && lowest > room / 2) {
+    within -= lowest;
+    bracket.below = bracket.lo++;
+  }
+  if (within > room && highest > room / 2) {
+    within -= highest;
+    bracket.over = bracket.hi--;
+  }
+  if (within > room) return std::nullopt;
   return bracket;
 }
 
@@ -170,7 +195,11 @@ std::optional<int64_t> topk_sample_select(const TopkSpan& span, const TopkLayout
   scan(span, *bracket, room, found);
   if (found.nan) return kTopkNan;
   const int64_t needed = keep - found.above;
-  if (found.collected > room || needed < 0 || needed > found.collected) return std::nullopt;
+  if (found.collected > room) return std::nullopt;
+  if (needed < 0) return bracket->over ? topk_choose_at(span, layouts, bracket->over, keep) : std::nullopt;
+  if (needed > found.collected) {
+    return bracket->below ? topk_choose_at(span, layouts, bracket->below, keep) : std::nullopt;
+  }
   if (needed > 0) settle(span, layouts, found, collected_threshold(found.pieces, *bracket, needed));
   return 0;
 }

@@ -61,6 +61,11 @@ TopkThreshold radix_threshold(const TopkSpan& span, int64_t keep, bool& nan) {
     while (counts[bin] < found.needed) found.needed -= counts[bin--];
     found.key = found.key << bits | static_cast<uint64_t>(bin);
     found.ties = counts[bin];
+    if (found.needed == found.ties && found.key > 0) {
+      // The whole bin is chosen, whatever is in it.
+      found.key <<= left;
+      break;
+    }
   }
   return found;
 }
@@ -77,22 +82,33 @@ int64_t radix_select(const TopkSpan& span, const TopkLayout* layouts, int64_t ke
     write(span, std::max(threshold.key, uint64_t{1}), nan);
     return threshold.key == 0 ? kTopkTooFew : 0;
   }
-  std::vector<int64_t> ties(span.tasks());
-  span.parallel([&](const TopkTensor& t, int64_t task, int64_t begin, int64_t end) {
-    TopkFound found;
-    kernels().topk_choose(t, threshold.key + 1, 0, begin, end, nullptr, &found);
-    ties[task] = found.within;
-  });
-  const std::optional<TopkSplit> split = topk_share(span, layouts, threshold.needed, ties);
-  span.parallel([&](const TopkTensor& t, int64_t task, int64_t begin, int64_t end) {
-    TopkFound found;
-    kernels().topk_choose(t, threshold.key + 1, ties[task], begin, end, t.chosen, &found);
-  });
-  if (split) topk_choose_ties(span, layouts, *split, threshold.key);
-  return 0;
+  return *topk_choose_at(span, layouts, threshold.key, keep);
 }
 
 }  // namespace
+
+std::optional<int64_t> topk_choose_at(const TopkSpan& span, const TopkLayout* layouts, uint64_t key, int64_t keep) {
+  std::vector<int64_t> ties(span.tasks());
+  std::atomic<int64_t> above{0}, equal{0};
+  std::atomic<bool> nan{false};
+  const auto choose = kernels().topk_choose;
+  span.parallel([&](const TopkTensor& t, int64_t task, int64_t begin, int64_t end) {
+    TopkFound found;
+    choose(t, key + 1, 0, begin, end, t.chosen, &found);
+    above += found.above;
+    equal += ties[task] = found.within;
+    if (found.nan) nan = true;
+  });
+  if (nan) return kTopkNan;
+  if (above > keep || above + equal < keep) return std::nullopt;
+  const std::optional<TopkSplit> split = topk_share(span, layouts, keep - above, ties);
+  span.parallel([&](const TopkTensor& t, int64_t task, int64_t begin, int64_t end) {
+    TopkFound found;
+    if (ties[task] > 0) choose(t, key + 1, ties[task], begin, end, t.chosen, &found);
+  });
+  if (split) topk_choose_ties(span, layouts, *split, key);
+  return 0;
+}
 
 std::optional<TopkSplit> topk_share(const TopkSpan& span, const TopkLayout* layouts, int64_t needed,
                                     std::vector<int64_t>& ties) {

@@ -68,6 +68,9 @@ std::optional<TopkSplit> topk_share(const TopkSpan& span, const TopkLayout* layo
 // Chooses the ties of the split tensor in logical order, by walking a bitmap of them along the strides. Seldom needed.
 void topk_choose_ties(const TopkSpan& span, const TopkLayout* layouts, const TopkSplit& split, uint64_t key);
 
+// Writes the group bits of the `keep` best groups where the threshold is `key`; none, and no valid bits, if it is not.
+std::optional<int64_t> topk_choose_at(const TopkSpan& span, const TopkLayout* layouts, uint64_t key, int64_t keep);
+
 // topk_select by one pass for 0 < keep < total; none where sampling does not serve.
 std::optional<int64_t> topk_sample_select(const TopkSpan& span, const TopkLayout* layouts, int64_t keep, int64_t total);
 

@@ -2,5 +2,21 @@
 
 from sparsekern.methods.acdc import ACDC
 from sparsekern.methods.base import Sparsifier
+from sparsekern.methods.dense import DenseTraining
+from sparsekern.methods.fixed_mask import FixedMask
+from sparsekern.methods.gmp import GMP
+from sparsekern.methods.granet import GraNet
+from sparsekern.methods.itop import RigLITOP
+from sparsekern.methods.lottery_ticket import LotteryTicket
+from sparsekern.methods.one_shot import OneShot
+from sparsekern.methods.powerpropagation import Powerpropagation
+from sparsekern.methods.rigl import RigL
+from sparsekern.methods.set import SET
+from sparsekern.methods.srste import SRSTE
+from sparsekern.methods.step import STEP
+from sparsekern.methods.topkast import TopKAST
 
-__all__ = ["ACDC", "Sparsifier"]
+__all__ = [
+    "ACDC", "DenseTraining", "FixedMask", "GMP", "GraNet", "LotteryTicket", "OneShot", "Powerpropagation",
+    "RigL", "RigLITOP", "SET", "SRSTE", "STEP", "Sparsifier", "TopKAST",
+]  # fmt: skip

@@ -2,7 +2,8 @@
 
 A sparse phase starts with the exact top-k magnitude mask of the present weights and holds it; a dense phase starts
 with every weight free, the pruned ones from exactly zero, and with momentum reset, since the buffers stem from another
-network. AC/DC++ is the same at longer schedules.
+network. AC/DC++ is the same at longer schedules. Section 3 has two variants: sparse phases whose sparsity rises to the
+target (`first_sparsity`), and dense phases that stay sparse at a lower level (`dense_sparsity`).
 """
 
 from __future__ import annotations
@@ -11,22 +12,27 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from sparsekern.distributions import check_sparsity, keep_count
+from sparsekern.distributions import check_sparsity
+from sparsekern.methods.allocation import Allocation, Budget
 from sparsekern.methods.base import Sparsifier
-from sparsekern.ops import topk_mask
-from sparsekern.schedules import AcdcSchedule, Dense, Phase, PhaseSchedule, Sparse
+from sparsekern.phases import Dense, Phase, PhaseSchedule, Sparse
+from sparsekern.schedules import AcdcSchedule
+from sparsekern.updates import rising_phases
 
 
 class ACDC(Sparsifier):
     """Drives the phases of one model; `attach` once, then `step` last in every iteration.
 
     `schedule` is an `acdc_schedule(epochs=...)`, or a PhaseSchedule in optimizer steps whose last phase is sparse at
-    `sparsity`. `distribution` is "global" (one ranking over all prunable weights) or "uniform" (the same sparsity in
-    every layer). `pattern` is one of `sparsekern.ops.topk_mask` that takes a count. `include` and `exclude` choose
-    weights by name (re.search). `reset` says whose momentum a new dense phase clears: "all" (default, as published),
-    "pruned" or "none".
+    `sparsity`. `pattern`, `distribution` and `layer_sparsity` are described in `sparsekern.methods.allocation`;
+    `include` and `exclude` choose weights by name (re.search). `reset` says whose momentum a new dense phase clears:
+    "all" (default, as published), "pruned" or "none".
+
+    `first_sparsity`: the first sparse phase has this sparsity, the following ones rise linearly, the last but one has
+    the target. `dense_sparsity`: at least this share of the weights stays at zero in dense phases. Each keeps the live
+    weights of the sparse phase before it and opens a new uniform sample (`seed`) of the others; the first one keeps the
+    largest initial weights. The paper does not say how the set is chosen.
     """
 
     def __init__(
@@ -39,28 +45,45 @@ class ACDC(Sparsifier):
         include: Sequence[str] = (".*",),
         exclude: Sequence[str] = (),
         reset: str = "all",
+        layer_sparsity: Mapping[str, float] | None = None,
+        first_sparsity: float | None = None,
+        dense_sparsity: float = 0.0,
+        seed: int = 0,
     ):
         check_sparsity(sparsity)
-        for name, value, allowed in (
-            ("pattern", pattern, ("unstructured", "4x1", "1x4", "block4")),
-            ("distribution", distribution, ("global", "uniform")),
-            ("reset", reset, ("all", "pruned", "none")),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+        self.allocation = Allocation(pattern, distribution, layer_sparsity)
+        if reset not in (allowed := ("all", "pruned", "none")):
+            raise ValueError(f"reset must be one of {allowed}, got {reset!r}")
+        lowest = sparsity if first_sparsity is None else first_sparsity
+        for name, value, top in (("first_sparsity", lowest, sparsity), ("dense_sparsity", dense_sparsity, lowest)):
+            if check_sparsity(value, name) > check_sparsity(top):
+                raise ValueError(f"{name} must be at most the sparsity of sparse phases, {top}, got {value}")
         if not isinstance(schedule, (AcdcSchedule, PhaseSchedule)):
             raise TypeError(f"schedule must be acdc_schedule(...) or a PhaseSchedule, got {type(schedule).__name__}")
         if isinstance(schedule, PhaseSchedule) and schedule.phases[-1].phase != Sparse(sparsity):
             raise ValueError(f"schedule must end with {Sparse(sparsity)}, got {schedule.phases[-1].phase}")
         super().__init__(schedule, include=include, exclude=exclude)
         self.sparsity, self.pattern, self.distribution, self.reset = sparsity, pattern, distribution, reset
+        self.first_sparsity, self.dense_sparsity, self.seed = first_sparsity, dense_sparsity, seed
         self.phase: Phase = Dense()
 
     def _resolve(self, steps_per_epoch: int | None) -> PhaseSchedule:
         self.phase = Dense()
         if isinstance(self._schedule, AcdcSchedule) and steps_per_epoch is not None:
-            return self._schedule.resolve(steps_per_epoch, self.sparsity)
-        return super()._resolve(steps_per_epoch)
+            schedule = self._schedule.resolve(steps_per_epoch, self.sparsity)
+        else:
+            schedule = super()._resolve(steps_per_epoch)
+        return schedule if self.first_sparsity is None else rising_phases(schedule, self.first_sparsity)
+
+    def timeline(self) -> str:
+        least = f"\ndense phases keep {self.dense_sparsity:.6g} of the weights at zero" if self.dense_sparsity else ""
+        return super().timeline() + least
+
+    def _start(self) -> None:
+        self.allocation.bind(self.model, self.masks)
+        if self.dense_sparsity and self.schedule.at(0) == Dense():
+            self.allocation.select(self.masks, self._dense_budget())
+            self._hold_zero()
 
     def _due(self) -> bool:
         return self.schedule.at(self.position) != self.phase
@@ -69,27 +92,28 @@ class ACDC(Sparsifier):
     def _change(self) -> None:
         phase = self.schedule.at(self.position)
         if isinstance(phase, Sparse):
-            self._prune(phase.sparsity)
+            self.allocation.select(self.masks, self.allocation.budget(phase.sparsity))
+            self._hold_zero()
         else:
             self._reset_momentum()
-            for name in self.masks:
-                self.masks.set(name, torch.ones_like(self.masks.parameter(name), dtype=torch.bool))
+            self._open()
         self.phase = phase
 
-    def _prune(self, sparsity: float) -> None:
-        weights = [self.masks.parameter(name).detach() for name in self.masks]
-        groups = [self._groups(w) for w in weights]
-        uniform = self.distribution == "uniform"
-        keep = [keep_count(g, sparsity) for g in groups] if uniform else keep_count(sum(groups), sparsity)
-        for name, packed in zip(self.masks, topk_mask(weights, keep, pattern=self.pattern), strict=True):
-            self.masks.set_packed(name, packed)
-        self._hold_zero()
+    def _open(self) -> None:
+        if not self.dense_sparsity:
+            for name in self.masks:
+                self.masks.set(name, torch.ones_like(self.masks.parameter(name), dtype=torch.bool))
+            return
+        # Live weights rank above every draw, the pruned ones by it: a seeded function of the phase's number, so that a
+        # resumed run draws the same.
+        draw = sum(edge <= self.position for edge in self.schedule.edges)
+        scores = self.allocation.random(self.masks, self.seed, draw)
+        for name, score in scores.items():
+            score.add_(self.masks.bool(name), alpha=2)
+        self.allocation.select(self.masks, self._dense_budget(), scores)
 
-    def _groups(self, weight: Tensor) -> int:
-        if self.pattern == "unstructured":
-            return weight.numel()
-        axis = 0 if self.pattern == "4x1" else 1
-        return weight.numel() // max(weight.shape[axis], 1) * -(-weight.shape[axis] // 4)
+    def _dense_budget(self) -> Budget:
+        return self.allocation.budget(self.dense_sparsity, lambda own: min(own, self.dense_sparsity))
 
     def _reset_momentum(self) -> None:
         # Whatever the gradients: the published code skips parameters without one, which under

@@ -5,7 +5,6 @@ A method is a subclass of `Sparsifier` that says when a change is due and what h
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sparsekern.masks import MaskSet, normalise
-from sparsekern.schedules import AcdcSchedule, PhaseSchedule
+from sparsekern.masks import MaskSet
+from sparsekern.methods.selection import check_patterns, prunable_weights
 
 # First moments: what the papers call momentum. Second moments survive a reset.
 _MOMENTUM_KEYS = ("momentum_buffer", "exp_avg")
@@ -22,77 +21,48 @@ _MOMENTUM_KEYS = ("momentum_buffer", "exp_avg")
 _attached = WeakTensorKeyDictionary()
 
 
-def layer_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weight of every convolution and linear layer, under its first name without wrapper prefixes."""
-    weights: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)) and id(module.weight) not in seen:
-            seen.add(id(module.weight))
-            weights[normalise(f"{name}.weight")] = module.weight
-    return weights
-
-
-def prunable_weights(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> dict[str, Tensor]:
-    """Trainable weights of convolutions and linear layers that some `include` and no `exclude` matches (re.search).
-
-    Names carry no wrapper prefix; a weight shared between layers counts once, under its first name; frozen ones
-    (requires_grad False) are left as they are. Raises ValueError for a pattern that is no regular expression or matches
-    nothing, and if nothing is left.
-    """
-    weights = {name: w for name, w in layer_weights(model).items() if w.requires_grad and w.is_leaf}
-    compiled = {label: _compiled(label, p) for label, p in (("include", include), ("exclude", exclude))}
-    for label, patterns in compiled.items():
-        for pattern in patterns:
-            if not any(pattern.search(name) for name in weights):
-                raise ValueError(f"{label}: {pattern.pattern!r} matches none of the prunable weights {list(weights)}")
-    chosen = {
-        name: weight
-        for name, weight in weights.items()
-        if any(p.search(name) for p in compiled["include"]) and not any(p.search(name) for p in compiled["exclude"])
-    }
-    if not chosen:
-        raise ValueError(f"include, exclude: leave nothing of the prunable weights {list(weights)}")
-    return chosen
-
-
-def _compiled(label: str, patterns: Sequence[str]) -> list[re.Pattern[str]]:
-    # A lone string is a sequence of its letters, each a pattern of its own.
-    if isinstance(patterns, str):
-        raise TypeError(f"{label} must be a sequence of regular expressions, got the single string {patterns!r}")
-    found = []
-    for pattern in patterns:
-        try:
-            found.append(re.compile(pattern))
-        except (re.error, TypeError) as error:
-            raise ValueError(f"{label}: {pattern!r} is no regular expression: {error}") from None
-    return found
-
-
 class Sparsifier:
     """`attach` once, then `step` last in every iteration, `finalize` at the end.
 
     Works with any torch optimizer: one with `set_masks` (MaskedSGD) keeps pruned weights and momentum at zero in its
-    own kernel, for the others a hook does it after each step. A subclass implements `_due`, `_change` and, if it has
-    more state than its position and masks, `_extra_state` and `_load_extra_state`.
+    own kernel, for the others a hook does it after each step. A subclass implements some of the methods under "What a
+    method provides" and, if it has more state than its position and masks, `_extra_state` and `_load_extra_state`.
+
+    `schedule` has a `timeline() -> str` and counts optimizer steps, or has `resolve(steps_per_epoch)` that returns such
+    a schedule.
     """
 
-    def __init__(
-        self, schedule: AcdcSchedule | PhaseSchedule, *, include: Sequence[str] = (".*",), exclude: Sequence[str] = ()
-    ):
+    def __init__(self, schedule: Any, *, include: Sequence[str] = (".*",), exclude: Sequence[str] = ()):
         for label, patterns in (("include", include), ("exclude", exclude)):
-            _compiled(label, patterns)  # a bad pattern fails here, not in attach
+            check_patterns(label, patterns)  # a bad pattern fails here, not in attach
         self.include, self.exclude, self._schedule = include, exclude, schedule
         self._handles: list[Any] = []
 
     # What a method provides.
+    def _start(self) -> None:
+        """Choose the first masks; called in `attach`, before any hook is registered."""
+
     def _due(self) -> bool:
-        """Whether a change is due at `self.position`, the number of steps taken."""
-        raise NotImplementedError
+        """Whether a change is due at `self.position`, the number of steps taken, for `_change` to make in `step`."""
+        return False
 
     def _change(self) -> None:
         """Make the change that is due."""
         raise NotImplementedError
+
+    def needs_dense_gradient(self) -> bool:
+        """Whether the step now being taken reads the gradient of pruned weights too; `accelerate` then runs dense."""
+        return False
+
+    def _before_step(self) -> bool:
+        """Called before every step of the optimizer, with all gradients there; True if this replaces the step.
+
+        The optimizer then sees no gradients, and they are back after it.
+        """
+        return False
+
+    def _after_step(self) -> None:
+        """Called after every step of the optimizer, while the gradients are still there."""
 
     def _extra_state(self) -> dict[str, Any]:
         return {}
@@ -101,13 +71,17 @@ class Sparsifier:
         """Validate and return a function that installs it, so that a bad file changes nothing."""
         return lambda: None
 
-    def _resolve(self, steps_per_epoch: int | None) -> PhaseSchedule:
+    def _resolve(self, steps_per_epoch: int | None) -> Any:
         """The schedule in optimizer steps."""
-        if isinstance(self._schedule, PhaseSchedule):
+        if not hasattr(self._schedule, "resolve"):
             return self._schedule
         if steps_per_epoch is None:
             raise ValueError("steps_per_epoch must be given for a schedule in epochs, got None")
         return self._schedule.resolve(steps_per_epoch)
+
+    def timeline(self) -> str:
+        """What will happen when, as `attach` prints it."""
+        return self.schedule.timeline()
 
     def attach(
         self,
@@ -135,11 +109,13 @@ class Sparsifier:
         self._stepped, self._found_inf, self._gradient_seen = False, None, False
         self._fused = hasattr(optimizer, "set_masks")
         self._pruned: dict[str, tuple[Any, Tensor | None]] = {}
+        self._withheld: list[tuple[Tensor, Tensor]] = []
+        self._start()
         if self._due():
             self._change()
         self._register()
         if verbose:
-            print(f"{self.schedule.timeline()}\n\n{self.layers()}", flush=True)
+            print(f"{self.timeline()}\n\n{self.layers()}", flush=True)
         return self
 
     def _register(self) -> None:
@@ -197,18 +173,37 @@ class Sparsifier:
     def _saw_gradient(self, parameter: Tensor) -> None:
         self._gradient_seen = True
 
-    def _before_optimizer_step(self, *_: Any) -> None:
+    def _before_optimizer_step(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._stepped:
             raise RuntimeError(
                 "sparsifier.step() was not called after the last optimizer.step(); it comes last in every iteration"
             )
+        if self.needs_dense_gradient() and any(callable(a) for a in (*args, kwargs.get("closure"))):
+            raise RuntimeError(
+                f"optimizer.step() must be called without a closure for {type(self).__name__}, which reads the "
+                "gradients before the step"
+            )
+        if self._before_step():
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            self._withheld = [(p, p.grad) for p in parameters if p.grad is not None]
+            for parameter, _ in self._withheld:
+                parameter.grad = None
+
+    def _overflowed(self) -> bool:
+        """Whether GradScaler found an overflow in the gradients of the step about to be taken; reads the device."""
+        found = getattr(self.optimizer, "found_inf", None)
+        return found is not None and bool(float(found))
 
     def _after_optimizer_step(self, *_: Any) -> None:
+        for parameter, gradient in self._withheld:
+            parameter.grad = gradient
+        self._withheld = []
         self._stepped = True
         # GradScaler takes it away again right after the step.
         self._found_inf = getattr(self.optimizer, "found_inf", None)
         if not self._fused:
             self._hold_zero()
+        self._after_step()
 
     def momentum(self, parameter: Tensor) -> list[Tensor]:
         """The first-moment buffers that the optimizer holds for a parameter."""

@@ -36,6 +36,7 @@ class _Layer:
     mask_name: str
     choose: Choice
     plain: type[nn.Module]
+    needs_dense_gradient: Callable[[], bool]
     version: int | None = None
     structure: SparseStructure | None = None
     decided_for: tuple[str, int] = ("", 0)
@@ -46,6 +47,8 @@ class _Layer:
         """The structure to run this call with, or None for dense; remembers why."""
         self._follow_mask(module)
         reason = "mask keeps every weight" if self.structure is None else why_dense(module, input)
+        if reason is None and torch.is_grad_enabled() and module.weight.requires_grad and self.needs_dense_gradient():
+            reason = "the method reads the gradient of pruned weights"
         if reason is None and not self._decide(module, input):
             reason = "is faster"
         self.last = f"dense: {reason}" if reason else f"sparse {self.structure.layout}"
@@ -101,9 +104,10 @@ def accelerate(model: nn.Module, sparsifier_or_masks: Sparsifier | MaskSet, choo
     """Run each masked Conv2d and Linear of `model` by `sparse_conv2d` / `sparse_linear` where that is faster.
 
     A layer runs sparse, forward and backward, while its mask has zeros and `choose` (default: one measurement per
-    layer, size of input and mask) says so; else it runs as before, in particular in dense phases, under autocast and
-    inside torch.compile. Pruned weights count as zero, which they are under MaskedSGD and every sparsifier, and their
-    gradient is zero instead of unused. No second derivatives while a layer runs sparse.
+    layer, size of input and mask) says so; else it runs as before, in particular in dense phases, in steps in which the
+    method reads the gradient of pruned weights, under autocast and inside torch.compile. Pruned weights count as zero,
+    which they are under MaskedSGD and every sparsifier, and their gradient is zero instead of unused. No second
+    derivatives while a layer runs sparse.
 
     The modules stay the same objects with the same parameters, names and state dict; copies and pickles are plain.
     Layers outside the masks are left alone. `restore` undoes it; a second call replaces the first. Returns `model`.
@@ -125,8 +129,9 @@ def accelerate(model: nn.Module, sparsifier_or_masks: Sparsifier | MaskSet, choo
     if not chosen:
         raise ValueError(f"sparsifier_or_masks must mask a Conv2d or Linear of the model, got masks of {list(masks)}")
     restore(model)
+    needs_dense_gradient = getattr(sparsifier_or_masks, "needs_dense_gradient", lambda: False)
     for name, module, mask_name in chosen:
-        layer = _Layer(name, masks, mask_name, choose or measured_choice, type(module))
+        layer = _Layer(name, masks, mask_name, choose or measured_choice, type(module), needs_dense_gradient)
         module.__class__ = _accelerated(type(module))
         setattr(module, _LAYER, layer)
     return model

@@ -40,6 +40,7 @@ def reference(
     params, grads, momentum, masks, fresh, *, lr, mu, dampening, weight_decay, nesterov, maximize, momentum_policy,
     grad_scale=None, found_inf=None, known_zero=(),
 ):  # fmt: skip
+    _check_lists(params, grads, momentum, masks, fresh, mu, momentum_policy, known_zero)
     real = torch.ones((), dtype=torch.bool, device=fresh.device) if found_inf is None else found_inf.reshape(()) == 0
     for i, param in enumerate(params):
         compute = torch.float64 if param.dtype == torch.float64 else torch.float32
@@ -63,8 +64,8 @@ def reference(
     fresh.mul_(~real)
 
 
-def fake(params, grads, momentum, masks, fresh, **hyper):
-    torch._check(len(grads) == len(masks) == len(params) == fresh.numel(), lambda: "one entry per parameter is needed")
+def fake(params, grads, momentum, masks, fresh, *, mu, momentum_policy, known_zero=(), **hyper):
+    _check_lists(params, grads, momentum, masks, fresh, mu, momentum_policy, known_zero)
 
 
 _op = define(
@@ -102,16 +103,12 @@ def masked_sgd_(
     """
     params, grads, momentum = list(params), list(grads), list(momentum)
     masks = [None] * len(params) if masks is None else list(masks)
-    if momentum_policy not in ("mask", "decay"):
-        raise ValueError(f"momentum_policy must be 'mask' or 'decay', got {momentum_policy!r}")
     if nesterov and (mu == 0 or dampening != 0):
         raise ValueError(f"nesterov needs mu > 0 and dampening 0, got mu {mu} and dampening {dampening}")
+    _check_lists(params, grads, momentum, masks, fresh, mu, momentum_policy, known_zero)
+    if known_zero is not None and len(known_zero) != len(params):  # the operator cannot tell None from an empty list
+        raise ValueError(f"known_zero must be None or hold {len(params)} bools, got {len(known_zero)}")
     check_tensors(params, grads, momentum, masks, fresh, mu, grad_scale, found_inf)
-    if known_zero is not None and (len(known_zero) != len(params) or momentum_policy != "mask"):
-        raise ValueError(
-            f"known_zero must be None or hold {len(params)} bools under momentum_policy 'mask', "
-            f"got {len(known_zero)} under {momentum_policy!r}"
-        )
     # The kernel walks storage: an operand with holes or another stride order is brought into the order of its mask.
     dense = [p if is_dense(p) else p.clone() for p in params]
     grads = [as_layout(g, p) for g, p in zip(grads, dense, strict=True)]
@@ -155,12 +152,25 @@ def as_layout(t: Tensor, like: Tensor) -> Tensor:
     return t if same_layout(t, like) else torch.empty_like(like).copy_(t)
 
 
-def check_tensors(params, grads, momentum, masks, fresh, mu, grad_scale=None, found_inf=None) -> None:
-    """Raise unless the operands are what the contract asks for."""
+def _check_lists(params, grads, momentum, masks, fresh, mu, momentum_policy, known_zero) -> None:
+    """Raise unless each list has one entry per parameter, for bare calls of the operator too."""
+    if momentum_policy not in ("mask", "decay"):
+        raise ValueError(f"momentum_policy must be 'mask' or 'decay', got {momentum_policy!r}")
     lengths = {"grads": grads, "masks": masks, **({"momentum": momentum} if mu != 0 else {})}
     for name, values in lengths.items():
         if len(values) != len(params):
             raise ValueError(f"{name} must have one entry for each of the {len(params)} params, got {len(values)}")
+    if fresh.numel() != len(params):
+        raise ValueError(f"fresh must be uint8 of shape ({len(params)},), got {fresh.dtype} {tuple(fresh.shape)}")
+    if known_zero and (len(known_zero) != len(params) or momentum_policy != "mask"):
+        raise ValueError(
+            f"known_zero must be None or hold {len(params)} bools under momentum_policy 'mask', "
+            f"got {len(known_zero)} under {momentum_policy!r}"
+        )
+
+
+def check_tensors(params, grads, momentum, masks, fresh, mu, grad_scale=None, found_inf=None) -> None:
+    """Raise unless the operands, in lists of the right length, are what the contract asks for."""
     if fresh.dtype != torch.uint8 or fresh.shape != (len(params),) or not fresh.is_contiguous():
         raise ValueError(f"fresh must be uint8 of shape ({len(params)},), got {fresh.dtype} {tuple(fresh.shape)}")
     for i, param in enumerate(params):

@@ -20,16 +20,22 @@ This file is the specification of ``torch.ops.sparsekern.sparse_conv2d`` and of 
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
-from typing import SupportsIndex
 
 import torch
 from torch import Tensor
 
 from sparsekern import _library
 from sparsekern.ops import sparse_calls, sparse_kernels
-from sparsekern.ops.sparse_structure import SparseStructure, check_operands, compiled_form, kept_values, selected
+from sparsekern.ops.geometry import empty, output_size, pair, without_gaps
+from sparsekern.ops.sparse_structure import (
+    SparseStructure,
+    check_dims,
+    check_operands,
+    compiled_form,
+    kept_values,
+    selected,
+)
 
 SCHEMA = (
     "sparse_conv2d(Tensor input, Tensor weight, Tensor[] structure, str layout, Tensor? bias, int[] stride,"
@@ -40,17 +46,6 @@ BACKWARD_SCHEMA = (
     " int[] padding, int[] dilation, int groups, bool[] needs, int[]? shape=None)"
     " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
 )
-
-
-def _empty(shape: Sequence[int], like: Tensor) -> Tensor:
-    """Uninitialised, in the memory format that follows ``like``."""
-    last = not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
-    chosen = torch.channels_last if last else torch.contiguous_format
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=chosen)
-
-
-def _output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
 def _shape(weight: Tensor, shape: Sequence[int] | None) -> tuple[int, ...]:
@@ -95,11 +90,12 @@ def fake(
     shape: Sequence[int] | None = None,
 ) -> Tensor:
     """Shapes and memory format only."""
+    check_dims(4, {"input": input}, weight)
     for name, values, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
-        _pair(name, list(values), least)
+        pair(name, list(values), least)
     out, _, *kernel = _shape(weight, shape)
-    sizes = [_output_size(input.shape[i + 2], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1)]
-    return _empty((input.shape[0], out, *sizes), input)
+    sizes = [output_size(input.shape[i + 2], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1)]
+    return empty((input.shape[0], out, *sizes), input)
 
 
 def backward_reference(
@@ -121,9 +117,7 @@ def backward_reference(
     if needs[2]:
         results[2].copy_(grad.sum((0, 2, 3)))
     if not (grad.numel() and input.numel() and kept.numel()):
-        results[0].zero_()
-        results[1].zero_()
-        return results
+        return results[0].zero_(), results[1].zero_(), results[2]
     found = torch.ops.aten.convolution_backward(
         grad, input, kept, None, stride, padding, dilation, False, [0, 0], groups,
         [needs[0], needs[1], False],
@@ -150,16 +144,12 @@ def backward_fake(
     shape: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes and memory formats only."""
+    check_dims(4, {"grad": grad, "input": input}, weight, needs)
     return (
-        _empty(input.shape, input) if needs[0] else grad.new_empty((0,)),
-        _empty(weight.shape, weight) if needs[1] else grad.new_empty((0,)),
+        empty(input.shape, input) if needs[0] else grad.new_empty((0,)),
+        empty(weight.shape, weight) if needs[1] else grad.new_empty((0,)),
         grad.new_empty((_shape(weight, shape)[0] if needs[2] else 0,)),
     )
-
-
-def _dense(t: Tensor) -> Tensor:
-    """Contiguous in one of the two memory formats."""
-    return t if t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last) else t.contiguous()
 
 
 def _cpu(
@@ -178,8 +168,8 @@ def _cpu(
     if not compiled_form(input, weight, bias):
         return reference(input, weight, structure, layout, bias, stride, padding, dilation, groups, shape)
     result = fake(input, weight, structure, layout, bias, stride, padding, dilation, groups, shape)
-    sparse = sparse_kernels.Weight(_dense(weight), structure, layout, _shape(weight, shape), groups)
-    sparse_kernels.run_product(sparse, _dense(input), result, bias, (*stride, *padding, *dilation))
+    sparse = sparse_kernels.Weight(without_gaps(weight), structure, layout, _shape(weight, shape), groups)
+    sparse_kernels.run_product(sparse, without_gaps(input), result, bias, (*stride, *padding, *dilation))
     return result
 
 
@@ -203,9 +193,9 @@ def _backward_cpu(
     results = backward_fake(grad, input, weight, structure, layout, *rest)
     if needs[2]:
         results[2].copy_(grad.sum((0, 2, 3)))
-    sparse = sparse_kernels.Weight(_dense(weight), structure, layout, _shape(weight, shape), groups)
+    sparse = sparse_kernels.Weight(without_gaps(weight), structure, layout, _shape(weight, shape), groups)
     geometry = (*stride, *padding, *dilation)
-    sparse_kernels.run_gradients(sparse, _dense(grad), _dense(input), results[0], results[1], geometry)
+    sparse_kernels.run_gradients(sparse, without_gaps(grad), without_gaps(input), results[0], results[1], geometry)
     return results
 
 
@@ -238,17 +228,6 @@ torch.library.register_autograd(
 torch.library.register_autograd("sparsekern::sparse_conv2d_backward", _refuse, lib=_library._definitions)
 
 
-def _pair(name: str, value: object, least: int) -> list[int]:
-    values = list(value) if isinstance(value, (list, tuple)) else [value, value]
-    for v in values:
-        # A protocol takes microseconds to ask, which a small layer feels.
-        if type(v) is not int and (isinstance(v, (bool, Tensor)) or not isinstance(v, SupportsIndex)):
-            raise TypeError(f"{name}={value!r}: expected an int or two ints")
-    if len(values) != 2 or any(operator.index(v) < least for v in values):
-        raise ValueError(f"{name}={value!r}: expected an int or two ints, {least} or more")
-    return [operator.index(v) for v in values]
-
-
 def sparse_conv2d(
     input: Tensor,
     weight: Tensor,
@@ -266,7 +245,7 @@ def sparse_conv2d(
     check_operands(input, weight, structure, bias, 4)
     if isinstance(groups, bool) or groups != structure.groups:
         raise ValueError(f"groups={groups!r}: expected {structure.groups}, the groups of structure")
-    steps, pads, holes = _pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1)
+    steps, pads, holes = pair("stride", stride, 1), pair("padding", padding, 0), pair("dilation", dilation, 1)
     shape = structure.shape
     channels = shape[1] * structure.groups
     if input.dim() not in (3, 4) or input.shape[-3] != channels:
@@ -274,21 +253,20 @@ def sparse_conv2d(
             f"input has shape {tuple(input.shape)}: expected (N, {channels}, H, W) or ({channels}, H, W) for a weight "
             f"of shape {tuple(shape)} with groups={groups}"
         )
+    if min(shape[2:]) < 1:
+        raise ValueError(f"weight has shape {tuple(shape)}: expected a kernel of one element or more")
     for i in (0, 1):
         reach, size = holes[i] * (shape[i + 2] - 1) + 1, input.shape[i - 2] + 2 * pads[i]
-        if shape[i + 2] < 1:
-            raise ValueError(f"weight has shape {tuple(shape)}: expected a kernel of one element or more")
         if size < reach:
-            raise ValueError(
-                f"input has shape {tuple(input.shape)}: expected a padded size of at least {reach} in dim {i - 2}, the "
-                f"extent of the kernel, got {size}"
-            )
+            wanted = f"expected a padded size of at least {reach} in dim {i - 2}, the extent of the kernel, got {size}"
+            raise ValueError(f"input has shape {tuple(input.shape)}: {wanted}")
     batch = input if input.dim() == 4 else input.unsqueeze(0)
-    tensors, count = list(structure.tensors), structure.groups
-    result = _op(batch, weight, tensors, structure.layout, bias, steps, pads, holes, count, shape)
+    result = _op(
+        batch, weight, list(structure.tensors), structure.layout, bias, steps, pads, holes, structure.groups, shape
+    )  # fmt: skip
     if input.dim() == 3:
         return result.squeeze(0)
-    if _dense(input) is input and _dense(weight) is weight:
+    if without_gaps(input) is input and without_gaps(weight) is weight:
         sparse_calls.remember(input, weight, structure, bias, given, (*steps, *pads, *holes), result)
     return result
 

@@ -86,6 +86,8 @@ class Weight:
         ``input`` and ``result`` (or its gradient) are 4-d; ``geometry`` is stride, padding, dilation, each vertical
         and horizontal.
         """
+        if len(self.structure) != 2:
+            check_form(self.structure, self.layout, self.shape, self.groups)
         kept = self.structure[1].numel() * (1 if self.layout == "unstructured" else 4)
         if self.values.dim() == 1 and self.values.numel() != kept:
             raise ValueError(f"weight has {self.values.numel()} packed values: expected {kept}, as structure keeps")

@@ -24,7 +24,14 @@ from torch import Tensor
 
 from sparsekern import _library
 from sparsekern.ops import sparse_kernels
-from sparsekern.ops.sparse_structure import SparseStructure, check_operands, compiled_form, kept_values, selected
+from sparsekern.ops.sparse_structure import (
+    SparseStructure,
+    check_dims,
+    check_operands,
+    compiled_form,
+    kept_values,
+    selected,
+)
 
 SCHEMA = (
     "sparse_linear(Tensor input, Tensor weight, Tensor[] structure, str layout, Tensor? bias, int[]? shape=None)"
@@ -65,6 +72,9 @@ def fake(
     shape: Sequence[int] | None = None,
 ) -> Tensor:
     """Shapes only."""
+    check_dims(2, {}, weight)
+    if input.dim() < 1:
+        raise ValueError("input has 0 dims: expected one or more")
     return input.new_empty((*input.shape[:-1], _shape(weight, shape)[0]))
 
 
@@ -102,6 +112,7 @@ def backward_fake(
     shape: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes only."""
+    check_dims(2, {}, weight, needs)
     shapes = (input.shape, weight.shape, _shape(weight, shape)[:1])
     results = [grad.new_empty(size if need else (0,)) for size, need in zip(shapes, needs, strict=True)]
     return results[0], results[1], results[2]

@@ -273,6 +273,20 @@ def check_operands(input: Tensor, weight: Tensor, structure: SparseStructure, bi
         raise ValueError(f"bias has shape {tuple(bias.shape)}: expected ({structure.shape[0]},), the output channels")
 
 
+def check_dims(
+    dims: int, tensors: dict[str, Tensor], weight: Tensor, needs: Sequence[bool] = (False, False, False)
+) -> None:
+    """What shapes are computed from, for bare calls of the operators: dims of the tensors and of the weight, which may
+    be packed, and three ``needs``."""
+    for name, t in tensors.items():
+        if t.dim() != dims:
+            raise ValueError(f"{name} has {t.dim()} dim(s): expected {dims}")
+    if weight.dim() not in (1, dims):
+        raise ValueError(f"weight has {weight.dim()} dim(s): expected {dims}, or 1 for packed values")
+    if len(needs) != 3:
+        raise ValueError(f"needs has {len(needs)} entries: expected 3, for input, weight and bias")
+
+
 def compiled_form(*operands: Tensor | None) -> bool:
     """Whether the kernels take these operands: all on CPU, float32 and with elements."""
     return _library.kernels_loaded and all(

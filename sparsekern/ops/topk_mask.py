@@ -76,12 +76,10 @@ def _parse_pattern(pattern: str) -> tuple[str, int, int]:
     raise ValueError(f"pattern={pattern!r}: expected {_PATTERNS}")
 
 
-def _group_count(score: Tensor, name: str) -> int:
-    """How many groups ``keep`` can choose from in one tensor."""
-    if name not in _BLOCK_AXIS:
-        return score.numel()
-    axis, count = _BLOCK_AXIS[name], 1
-    for dim, size in enumerate(score.shape):
+def group_count(shape: Sequence[int], pattern: str) -> int:
+    """How many groups ``keep`` can choose from in one tensor; n:m patterns count weights."""
+    axis, count = _BLOCK_AXIS.get(_parse_pattern(pattern)[0]), 1
+    for dim, size in enumerate(shape):
         count *= -(-size // 4) if dim == axis else size
     return count
 
@@ -117,7 +115,7 @@ def _groups(score: Tensor, name: str, magnitude: bool, candidates: Tensor | None
 
 def _select(keys: Tensor, allowed: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     """The ``keep`` best of 1-d ``keys`` and whether there were too few candidates, without synchronising."""
-    too_few = allowed.sum() < keep
+    too_few, keep = allowed.sum() < keep, min(keep, keys.numel())
     if keep == 0:
         return torch.zeros_like(allowed), too_few
     # Those not allowed share -inf with true -inf scores, so ties are filtered by candidacy once more.
@@ -164,6 +162,9 @@ def reference(
     """Plain PyTorch: (packed masks, status). ``keep`` has one entry if ``global_budget``, else one per tensor, and none
     for n:m; ``candidates`` is empty or has one entry per tensor."""
     name, n, m = _parse_pattern(pattern)
+    wanted = 0 if n else 1 if global_budget else len(scores)
+    if len(keep) != wanted or len(candidates) not in (0, len(scores)) or any(k < 0 for k in keep):
+        raise ValueError(f"keep={keep} must hold {wanted} counts, candidates 0 or {len(scores)}, got {len(candidates)}")
     if not scores:
         return [], torch.zeros((), dtype=torch.int32)
     pairs = [_groups(s, name, magnitude, c) for s, c in zip(scores, candidates or [None] * len(scores), strict=True)]
@@ -233,7 +234,7 @@ def _check_keep(scores: Sequence[Tensor], keep: object, name: str, n: int) -> tu
         return [], False
     if keep is None:
         raise ValueError(f"keep=None: expected an int or a list of ints for pattern={name!r}")
-    groups = [_group_count(score, name) for score in scores]
+    groups = [group_count(score.shape, name) for score in scores]
     if not isinstance(keep, (list, tuple)):
         return [_check_count("keep", keep, sum(groups))], True
     if len(keep) != len(scores):

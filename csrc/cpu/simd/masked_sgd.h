@@ -59,10 +59,12 @@ struct MaskedSgd {
     fma(negative_lr, u, p).keep(bits).store(param + i);
   }
 
+  // Into the second-level cache. Into the first, the hardware would fetch neighbours too, which nobody needs: measured
+  // (Zen 4, two threads, 25M float32) 1.6x slower at 18% live and 2x at 8%.
   void prefetch(int64_t i) const {
-    __builtin_prefetch(param + i, 1);
-    __builtin_prefetch(grad + i, 0);
-    if (momentum) __builtin_prefetch(momentum + i, 1);
+    __builtin_prefetch(param + i, 0, 2);
+    __builtin_prefetch(grad + i, 0, 2);
+    if (momentum) __builtin_prefetch(momentum + i, 0, 2);
   }
 
   // Every vector in [i, end); returns where the last one ended.
@@ -72,37 +74,43 @@ struct MaskedSgd {
   }
 
   // Vectors with a live element only. They are listed first: a branch for each would be guessed wrong so often that
-  // memory is no longer read ahead, and then skipping costs more than it saves.
-  int64_t live(int64_t i, int64_t end) const {
-    constexpr int kChunk = 2048, kAhead = 24, kProbe = 128;
-    uint16_t list[kChunk + kAhead];
-    while (i + V::kLanes <= end) {
-      const int64_t left = (end - i) / V::kLanes;
-      const int count = left < kChunk ? static_cast<int>(left) : kChunk;
-      int found = 0;
-      // A look at the first ones saves the list where it would not pay.
-      for (int j = 0; j < count && j < kProbe; ++j) {
-        found += mask_bits<V::kLanes>(t.mask, i + int64_t{j} * V::kLanes) != 0;
+  // memory is no longer read ahead. The list runs on from stretch to stretch; a fresh start would wait for memory.
+  int64_t live(const int64_t begin, const int64_t end) const {
+    constexpr int64_t kWord = 64 * V::kLanes, kWords = 32, kAhead = 48, kRoom = 64 * kWords + kAhead;
+    int32_t list[kRoom];
+    int64_t held = 0, i = begin;
+    const auto drain = [&](int64_t left) {
+      int64_t j = 0;
+      for (; j + left < held; ++j) {
+        if (j + kAhead < held) prefetch(begin + int64_t{list[j + kAhead]} * V::kLanes);
+        update(begin + int64_t{list[j]} * V::kLanes);
       }
-      const bool dense = found > kProbe / 4;
-      found = dense ? count : 0;
-      for (int j = 0; j < count && !dense; ++j) {
-        list[found] = static_cast<uint16_t>(j);
-        found += mask_bits<V::kLanes>(t.mask, i + int64_t{j} * V::kLanes) != 0;
+      for (held = 0; held < left; ++held) list[held] = list[j + held];
+    };
+    while (i + kWord <= end) {
+      uint64_t words[kWords];
+      int64_t count = 0, found = 0;
+      for (; count < kWords && i + (count + 1) * kWord <= end; ++count) {
+        words[count] = live_vectors<V::kLanes>(t.mask + (i + count * kWord) / 8);
+        found += __builtin_popcountll(words[count]);
       }
-      // Measured (AVX-512, one thread, 8M float32): 8% live 2.0x and 18% live 1.2x faster than all(), 28% 1.3x slower.
-      if (found > count / 5) {
-        all(i, i + int64_t{count} * V::kLanes);
-      } else if (found) {
-        for (int j = 0; j < kAhead; ++j) list[found + j] = list[found - 1];
-        for (int j = 0; j < found; ++j) {
-          prefetch(i + int64_t{list[j + kAhead]} * V::kLanes);
-          update(i + int64_t{list[j]} * V::kLanes);
+      // Measured as above, against all(): 8% live 3.4x, 18% live 1.9x, 28% live 1.2x faster, 40% live 1.2x slower.
+      if (3 * found > 64 * count) {
+        drain(0);
+        all(i, i + count * kWord);
+      } else {
+        const int64_t known = held;
+        for (int64_t w = 0; w < count; ++w) {
+          const int32_t first = static_cast<int32_t>((i - begin) / V::kLanes + 64 * w);
+          for (uint64_t bits = words[w]; bits; bits &= bits - 1) list[held++] = first + __builtin_ctzll(bits);
         }
+        for (int64_t j = known; j < held && j < kAhead; ++j) prefetch(begin + int64_t{list[j]} * V::kLanes);
+        drain(held < kAhead ? held : kAhead);
       }
-      i += int64_t{count} * V::kLanes;
+      i += count * kWord;
     }
-    return i;
+    drain(0);
+    return all(i, end);
   }
 };
 

@@ -103,6 +103,17 @@ struct WideOf<double> {
   using type = F64x4;
 };
 
+template <>
+inline uint64_t live_vectors<8>(const uint8_t* mask) {
+  uint64_t dead = 0;
+  for (int j = 0; j < 2; ++j) {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(mask + 32 * j));
+    const __m256i zero = _mm256_cmpeq_epi8(bytes, _mm256_setzero_si256());
+    dead |= static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_epi8(zero))) << (32 * j);
+  }
+  return ~dead;
+}
+
 // One bit per key of 64, set where key >= least.
 inline uint64_t at_least_bits(const uint32_t* keys, uint32_t least) {
   const __m256i bound = _mm256_set1_epi32(static_cast<int>(least));

@@ -99,6 +99,17 @@ struct WideOf<double> {
   using type = F64x8;
 };
 
+template <>
+inline uint64_t live_vectors<16>(const uint8_t* mask) {
+  const __m512i low = _mm512_loadu_si512(mask), high = _mm512_loadu_si512(mask + 64);
+  return _mm512_test_epi16_mask(low, low) | static_cast<uint64_t>(_mm512_test_epi16_mask(high, high)) << 32;
+}
+template <>
+inline uint64_t live_vectors<8>(const uint8_t* mask) {
+  const __m512i bytes = _mm512_loadu_si512(mask);
+  return _mm512_test_epi8_mask(bytes, bytes);
+}
+
 // One bit per key of 64, set where key >= least.
 inline uint64_t at_least_bits(const uint32_t* keys, uint32_t least) {
   const __m512i bound = _mm512_set1_epi32(static_cast<int>(least));

@@ -122,6 +122,26 @@ inline uint64_t at_least_bits(const uint32_t* keys, uint32_t least) {
 }
 #endif
 
+// One bit per group of kLanes mask bits, of 64 groups, set where any of them is.
+template <int kLanes>
+inline uint64_t live_vectors(const uint8_t* mask) {
+  constexpr uint32_t kAll = (uint32_t{1} << kLanes) - 1;
+  uint64_t bits = 0;
+  for (int j = 0; j < 64; ++j) {
+    const int at = j * kLanes;
+    uint32_t own = mask[at >> 3];
+    if (kLanes > 8) own |= static_cast<uint32_t>(mask[(at >> 3) + 1]) << 8;
+    bits |= static_cast<uint64_t>((own >> (at & 7) & kAll) != 0) << j;
+  }
+  return bits;
+}
+template <>
+inline uint64_t live_vectors<1>(const uint8_t* mask) {
+  uint64_t bits;
+  __builtin_memcpy(&bits, mask, 8);
+  return bits;
+}
+
 // Keys of float64 scores, on every instruction set.
 inline uint64_t at_least_bits(const uint64_t* keys, uint64_t least) {
   uint64_t bits = 0;

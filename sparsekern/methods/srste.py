@@ -1,0 +1,68 @@
+"""SR-STE: n:m sparsity learned from scratch (arXiv 2102.04010; aojunzz/NM-sparsity)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsekern.methods.effective import EffectiveSparsifier
+from sparsekern.methods.held import Constant
+from sparsekern.methods.intervals import Intervals
+from sparsekern.methods.n_of_m import check_n_of_m, select_n_of_m
+from sparsekern.schedules import Sparse
+
+
+class SRSTE(Intervals, EffectiveSparsifier):
+    """Forward with the n:m mask of the present weights, chosen anew every step; gradients straight through to all.
+
+    `decay` c pulls the weights that the mask leaves out towards zero, which keeps masks from flapping: the gradient of
+    w is g + c (1 - M) w. `sparsity` may be left out, the pattern fixes it. Patterns other than n:m are refused.
+    """
+
+    def __init__(
+        self,
+        sparsity: float | None = None,
+        *,
+        pattern: str = "2:4",
+        decay: float = 2e-4,
+        every: int = 1,
+        include: Sequence[str] = (".*",),
+        exclude: Sequence[str] = (),
+    ):
+        self.sparsity = float(check_n_of_m(pattern, sparsity))
+        if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < float("inf"):
+            raise ValueError(f"decay must be a finite number of at least 0, got {decay!r}")
+        self.pattern, self.decay, self.every = pattern, decay, self._check_every(every)
+        self.phase = Sparse(self.sparsity)
+        super().__init__(Constant(self.phase), include=include, exclude=exclude)
+
+    def _begin(self) -> None:
+        self.updated = 0
+        select_n_of_m(self.masks, self.pattern)
+
+    def _update(self) -> None:
+        select_n_of_m(self.masks, self.pattern)
+        self._refresh_kept()
+
+    def effective(self, name: str, weight: Tensor) -> Tensor:
+        return self.masked(name, weight)
+
+    @torch.no_grad()
+    def _before_step(self) -> bool:
+        for name, weight, gradient in self._masked_gradients():
+            gradient.add_(self._scaled(self.decay * weight.masked_fill(self.kept(name, weight), 0)))
+        return False
+
+    def _extra_state(self) -> dict[str, Any]:
+        return {"updated": self.updated}
+
+    def _load_extra_state(self, state: Mapping[str, Any]) -> Callable[[], None]:
+        updated = self._check_updated(state)
+
+        def install() -> None:
+            self.updated = updated
+
+        return install

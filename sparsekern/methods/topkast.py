@@ -1,0 +1,136 @@
+"""Top-KAST: a sparse forward set inside a larger set that trains (arXiv 2106.03517).
+
+The forward pass uses A, the largest weights. Gradients move B, a superset of A, so that weights outside A can grow into
+it; everything outside B is frozen. An exploration penalty pulls on B, harder on B without A, where only weights that
+gain survive. The paper prints the densities the wrong way round; here the backward set must be the larger one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsekern.distributions import check_sparsity
+from sparsekern.masks import MaskSet
+from sparsekern.methods.allocation import Allocation
+from sparsekern.methods.effective import EffectiveSparsifier, straight_through
+from sparsekern.methods.held import Constant
+from sparsekern.methods.intervals import Intervals
+from sparsekern.methods.powerpropagation import change_power, check_alpha, power
+from sparsekern.schedules import Sparse
+
+
+class TopKAST(Intervals, EffectiveSparsifier):
+    """Forward with `sparsity`, training the weights of a mask of `backward_sparsity`; both by magnitude.
+
+    Masks are chosen anew every `every` steps (published: 1; 100 reported as fine). `penalty` is the factor of the
+    exploration penalty 1/2 |w|^2, with weight 1 on A, 1 / (1 - sparsity) on B without A and 0 elsewhere. It is part of
+    the loss and so of the gradient; neuralmagic/sparseml applies it outside momentum. It stands in for weight decay,
+    which, if the optimizer has one, acts on B. `alpha` above 1 trains powers of weights (see
+    `sparsekern.Powerpropagation`), ranked by |theta|. Momentum outside B is zero.
+    `pattern`, `distribution` and `layer_sparsity` as in `sparsekern.methods.allocation.Allocation`; a layer with a
+    sparsity of its own has that in both sets.
+    """
+
+    def __init__(
+        self,
+        sparsity: float,
+        backward_sparsity: float,
+        *,
+        every: int = 1,
+        penalty: float = 1e-4,
+        alpha: float = 1.0,
+        pattern: str = "unstructured",
+        distribution: str = "global",
+        layer_sparsity: Mapping[str, float] | None = None,
+        include: Sequence[str] = (".*",),
+        exclude: Sequence[str] = (),
+    ):
+        forward, backward = check_sparsity(sparsity), check_sparsity(backward_sparsity, "backward_sparsity")
+        if not backward < forward < 1:
+            raise ValueError(
+                "backward_sparsity must be below sparsity and sparsity below 1: the backward set holds the forward set "
+                f"(the inequality printed in the paper is the other way round), got sparsity={sparsity!r} and "
+                f"backward_sparsity={backward_sparsity!r}"
+            )
+        if isinstance(penalty, bool) or not isinstance(penalty, int | float) or not 0 <= penalty < float("inf"):
+            raise ValueError(f"penalty must be a finite number of at least 0, got {penalty!r}")
+        self.every = self._check_every(every)
+        self.alpha, self.penalty = check_alpha(alpha), penalty
+        self.sparsity, self.backward_sparsity = sparsity, backward_sparsity
+        self.phase = Sparse(sparsity)
+        self.allocation = Allocation(pattern, distribution, layer_sparsity)
+        super().__init__(Constant(self.phase), include=include, exclude=exclude)
+
+    @torch.no_grad()
+    def _begin(self) -> None:
+        self.updated = 0
+        self.allocation.bind(self.model, self.masks)
+        self.backward_masks = MaskSet({name: self.masks.parameter(name) for name in self.masks})
+        for name in self.masks if self.alpha != 1 else ():
+            weight = self.masks.parameter(name)
+            weight.copy_(change_power(weight, 1, self.alpha))
+        self._update()
+
+    def timeline(self) -> str:
+        return f"{super().timeline()}, {Sparse(self.backward_sparsity)} backward, masks every {self.every} steps"
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        scores = {name: power(self.masks.parameter(name).detach(), self.alpha) for name in self.masks}
+        for masks, sparsity in ((self.masks, self.sparsity), (self.backward_masks, self.backward_sparsity)):
+            self.allocation.select(masks, self.allocation.budget(sparsity), scores)
+        self._refresh_kept()
+
+    def _refresh_kept(self) -> None:
+        super()._refresh_kept()
+        self._outside = {name: ~self.backward_masks.bool(name) for name in self.masks}
+
+    def effective(self, name: str, weight: Tensor) -> Tensor:
+        theta = power(weight, self.alpha)
+        return straight_through(theta, torch.where(self.kept(name, weight), theta.detach(), 0))
+
+    @torch.no_grad()
+    def _before_step(self) -> bool:
+        self._frozen = {}
+        for name, weight, gradient in self._masked_gradients():
+            outside = self._outside_of(name, weight)
+            if self.penalty:
+                # A weight in A counts 1, one in B without A counts 1 / D.
+                factor = torch.where(self.kept(name, weight), self.penalty, self.penalty / (1 - self.sparsity))
+                gradient.add_(self._scaled(factor.to(weight.dtype) * weight))
+            gradient.masked_fill_(outside, 0)
+            self._frozen[name] = weight.detach().clone()
+        return False
+
+    @torch.no_grad()
+    def _after_step(self) -> None:
+        # Weight decay and old momentum would move what is frozen; copying it back is exact for any optimizer.
+        for name, before in self._frozen.items():
+            weight = self.masks.parameter(name)
+            outside = self._outside_of(name, weight)
+            weight.copy_(torch.where(outside, before, weight))
+            for buffer in self.momentum(weight):
+                buffer.masked_fill_(outside, 0)
+        self._frozen = {}
+
+    def _outside_of(self, name: str, weight: Tensor) -> Tensor:
+        outside = self._outside[name]
+        return outside if outside.device == weight.device else outside.to(weight.device)
+
+    def _extra_state(self) -> dict[str, Any]:
+        return {"updated": self.updated, "backward_masks": self.backward_masks.state_dict()}
+
+    def _load_extra_state(self, state: Mapping[str, Any]) -> Callable[[], None]:
+        updated = self._check_updated(state)
+        # Into a copy first, so that a bad file changes nothing.
+        loaded = MaskSet({name: self.masks.parameter(name) for name in self.masks})
+        loaded.load_state_dict(state["backward_masks"])
+
+        def install() -> None:
+            self.updated, self.backward_masks = updated, loaded
+
+        return install

@@ -1,0 +1,1 @@
+"""The recipes that `sparsekern train` knows by name, as TOML files."""

@@ -1,0 +1,101 @@
+"""AC/DC with rising sparsity, with sparse dense phases, and with layers of their own sparsity."""
+
+import pytest
+import torch
+from method_steps import OPTIMIZERS, iterate, network, resumed_from
+from test_acdc import SCHEDULE
+
+import sparsekern as sk
+
+
+def setup(kind="masked", sparsity=0.9, schedule=SCHEDULE, **kwargs):
+    model = network()
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    return model, optimizer, sk.ACDC(sparsity, schedule, **kwargs).attach(model, optimizer, verbose=False)
+
+
+def kept(sparsifier):
+    return sum(int(sparsifier.masks.bool(n).sum()) for n in sparsifier.masks)
+
+
+def test_rising_sparsity_of_sparse_phases():
+    schedule = sk.acdc_schedule(100)
+    model, optimizer, sparsifier = setup(sparsity=0.97, schedule=schedule.resolve(1, 0.97), first_sparsity=0.9)
+    total = sum(sparsifier.masks.parameter(n).numel() for n in sparsifier.masks)
+    seen = {}
+    for i in range(100):
+        iterate(model, optimizer, sparsifier, i, i + 1)
+        seen[i + 1] = kept(sparsifier)
+    expected = [0.9, 0.9 + 0.07 / 6, 0.9 + 0.14 / 6, 0.935, 0.9 + 0.28 / 6, 0.9 + 0.35 / 6, 0.97, 0.97]
+    starts = [10, 20, 30, 40, 50, 60, 70, 85]
+    assert [seen[t] for t in starts] == [sk.keep_count(total, s) for s in expected]
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("distribution", ["global", "uniform", "erk"])
+def test_dense_phases_keep_a_minimum_sparsity(kind, distribution):
+    model, optimizer, sparsifier = setup(kind, dense_sparsity=0.6, distribution=distribution)
+    sizes = {n: sparsifier.masks.parameter(n).numel() for n in sparsifier.masks}
+    dense = sparsifier.allocation.budget(0.6)
+    count = sum(dense.each.values()) + dense.pool
+    initial = sparsifier.masks.hash()
+    before, after = None, None
+    for i in range(7):
+        assert kept(sparsifier) == count or isinstance(sparsifier.phase, sk.Sparse)
+        before = {n: sparsifier.masks.bool(n) for n in sparsifier.masks} if i == 5 else before
+        iterate(model, optimizer, sparsifier, i, i + 1)
+        after = {n: sparsifier.masks.bool(n) for n in sparsifier.masks} if i == 5 else after
+        for name in sizes:
+            assert not sparsifier.masks.parameter(name)[~sparsifier.masks.bool(name)].any()
+    # The live weights of the sparse phase stay, the sample beyond them is no function of the initial magnitudes.
+    assert all((before[n] <= after[n]).all() for n in sizes) and sparsifier.masks.hash() != initial
+    assert "dense phases keep 0.6 of the weights at zero" in sparsifier.timeline()
+
+
+def test_sample_is_redrawn_by_seed_and_phase_and_survives_a_resume():
+    masks = []
+    for seed in (0, 0, 1):
+        parts = setup(dense_sparsity=0.5, seed=seed)
+        iterate(*parts, 0, 6)
+        masks.append(parts[2].masks.hash())
+    assert masks[0] == masks[1] != masks[2]
+    whole, first = setup(dense_sparsity=0.5), setup(dense_sparsity=0.5)
+    iterate(*whole, 0, 8)
+    iterate(*first, 0, 5)
+    again = resumed_from(first, setup(dense_sparsity=0.5))
+    iterate(*again, 5, 8)
+    torch.testing.assert_close(again[0].state_dict(), whole[0].state_dict(), rtol=0, atol=0)
+
+
+def test_layers_of_their_own_sparsity_are_outside_the_distribution():
+    model, optimizer, sparsifier = setup(layer_sparsity={"first": 0.0, "last": 0.8})
+    iterate(model, optimizer, sparsifier, 0, 3)
+    masks, (first, middle, last) = sparsifier.masks, list(sparsifier.masks)
+    assert masks.density(first) == 1.0
+    assert int(masks.bool(last).sum()) == sk.keep_count(960, 0.8)
+    assert int(masks.bool(middle).sum()) == sk.keep_count(720, 0.9)
+
+
+def test_depthwise_regular_expression_and_order():
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 8, 3), torch.nn.Conv2d(8, 8, 3, groups=8), torch.nn.Conv2d(8, 8, 3), torch.nn.Conv2d(8, 2, 1)
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    own = {".": 0.5, "depthwise": 0.25, "^3": 1.0}
+    sparsifier = sk.ACDC(0.9, SCHEDULE, layer_sparsity=own).attach(model, optimizer, verbose=False)
+    found = sparsifier.allocation.own
+    assert found == {"0.weight": 0.5, "1.weight": 0.25, "2.weight": 0.5, "3.weight": 1.0}
+
+
+def test_bad_input_is_named():
+    for kwargs, words in [
+        ({"first_sparsity": 0.95}, "first_sparsity must be at most"),
+        ({"dense_sparsity": 0.95}, "dense_sparsity must be at most"),
+        ({"first_sparsity": 0.5, "dense_sparsity": 0.6}, "dense_sparsity must be at most"),
+        ({"layer_sparsity": {"first": 2}}, r"layer_sparsity\['first'\] must be"),
+        ({"layer_sparsity": {"stem": 0.0}}, "layer_sparsity: 'stem' matches none"),
+        ({"layer_sparsity": {"depthwise": 0.0}}, "layer_sparsity: 'depthwise' matches none"),
+        ({"pattern": "2:4"}, "pattern must be one of"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            setup(**kwargs)

@@ -1,0 +1,191 @@
+"""What every method with a dense store owes: the swap of forward weights, resume, copies, compile, overflow."""
+
+import copy
+
+import pytest
+import torch
+from method_helpers import check_resume, setup
+from method_steps import OPTIMIZERS, batch, iterate, network
+from torch import nn
+
+import sparsekern as sk
+from sparsekern.schedules import PhaseSchedule, PhaseSpan
+
+PHASES = PhaseSchedule((PhaseSpan(0, 2, sk.Dense()), PhaseSpan(2, 8, sk.Sparse(0.8))))
+METHODS = {
+    "topkast": lambda: sk.TopKAST(0.8, 0.5, every=2),
+    "topkast-power": lambda: sk.TopKAST(0.8, 0.5, alpha=2.0),
+    "srste": lambda: sk.SRSTE(),
+    "power": lambda: sk.Powerpropagation(1.5, PHASES),
+}
+every_method = pytest.mark.parametrize("method", METHODS)
+
+
+@every_method
+@pytest.mark.parametrize("kind", ["masked", "adamw"])
+def test_forward_is_sparse_and_the_model_sees_nothing_of_it(method, kind):
+    model, optimizer, sparsifier = setup(METHODS[method], kind)
+    keys, parameters = list(model.state_dict()), list(model.parameters())
+    iterate(model, optimizer, sparsifier, 0, 4)
+    seen = {}
+    for layer, name in ((model[0], "0.weight"), (model[5], "5.weight")):
+        layer.register_forward_pre_hook(lambda m, _, name=name: seen.__setitem__(name, m.weight.detach().clone()))
+    model(batch(0)[0])
+    sparsifier.state_dict()  # brings masks up to date
+    for name, weight in seen.items():
+        mask = sparsifier.masks.bool(name)
+        assert not weight[~mask].any() and weight[mask].all() and int((~mask).sum()) > 0
+        assert torch.equal(weight, sparsifier.sparse_state_dict()[name])
+        assert sparsifier.masks.parameter(name).count_nonzero() > weight.count_nonzero()
+    assert list(model.state_dict()) == keys and all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert model[0].weight is parameters[0] and "weight" not in model[0].__dict__
+
+
+@every_method
+def test_finalize_leaves_a_plain_module_of_equal_output(method):
+    model, optimizer, sparsifier = setup(METHODS[method])
+    iterate(model, optimizer, sparsifier, 0, 5)
+    model.eval()
+    x = batch(9)[0]
+    with torch.no_grad():
+        want, averaged = model(x), sparsifier.sparse_state_dict()
+        assert sparsifier.finalize() is model
+        torch.testing.assert_close(model(x), want, rtol=0, atol=0)
+    torch.testing.assert_close(model.state_dict(), averaged, rtol=0, atol=0)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    assert torch.equal(copy.deepcopy(model)(x), want)
+    assert sk.sparsity_report(model).sparsity > 0.1
+    for name in sparsifier.masks:
+        assert torch.equal(sparsifier.masks.parameter(name) != 0, sparsifier.masks.bool(name))
+
+
+@every_method
+@pytest.mark.parametrize("kind", ["masked", "adamw"])
+def test_resume_at_any_step(method, kind):
+    check_resume(METHODS[method], 6, kind)
+
+
+@every_method
+def test_copies_made_while_attached_run_sparse(method):
+    model, optimizer, sparsifier = setup(METHODS[method])
+    average = torch.optim.swa_utils.AveragedModel(model)
+    iterate(model, optimizer, sparsifier, 0, 4)
+    average.update_parameters(model)
+    model.eval(), average.eval()
+    x = batch(0)[0]
+    with torch.no_grad():
+        average.module.load_state_dict(model.state_dict())
+        torch.testing.assert_close(average(x), model(x), rtol=0, atol=0)
+        state = sparsifier.sparse_state_dict(average)
+    assert torch.equal(state["module.5.weight"], sparsifier.sparse_state_dict()["5.weight"])
+    with pytest.raises(TypeError, match="cannot be pickled while a sparsifier is attached"):
+        torch.save(model, "/dev/null")
+
+
+@every_method
+def test_compiled_model_neither_breaks_nor_recompiles(method):
+    model, optimizer, sparsifier = setup(METHODS[method])
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    iterate(compiled, optimizer, sparsifier, 0, 1)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        iterate(compiled, optimizer, sparsifier, 1, 5)
+    plain = setup(METHODS[method])
+    iterate(*plain, 0, 5)
+    torch.testing.assert_close(model.state_dict(), plain[0].state_dict())
+
+
+@every_method
+@pytest.mark.parametrize("kind", ["masked", "sgd"])
+def test_an_overflowed_step_changes_nothing_and_the_scale_is_taken_out(method, kind):
+    """With powers of two as loss scales, a run with a skipped step is bit for bit one without it."""
+
+    def run(bad):
+        model, optimizer, sparsifier = setup(METHODS[method], kind)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=100)
+        model.eval()  # the skipped batch must not reach batch-norm statistics
+        for i in range(5 + (bad is not None)):
+            x, y = batch(i if bad is None or i < bad else i - 1)
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), y)
+            scaler.scale(loss * (float("inf") if i == bad else 1.0)).backward()
+            scaler.step(optimizer)
+            before = copy.deepcopy(sparsifier.masks.state_dict())
+            scaler.update()
+            if i != bad:
+                sparsifier.step()
+            else:
+                position = sparsifier.position
+                sparsifier.step()
+                torch.testing.assert_close(sparsifier.masks.state_dict(), before, rtol=0, atol=0)
+                assert sparsifier.position == position + 1
+        return model
+
+    def plain():
+        model, optimizer, sparsifier = setup(METHODS[method], kind)
+        model.eval()
+        iterate(model, optimizer, sparsifier, 0, 5)
+        return model
+
+    torch.testing.assert_close(run(None).state_dict(), plain().state_dict(), rtol=0, atol=0)
+    assert all(bool(p.isfinite().all()) for p in run(3).parameters())
+
+
+@every_method
+def test_accelerate_keeps_the_results(method):
+    def run(fast):
+        model, optimizer, sparsifier = setup(METHODS[method])
+        if fast:
+            sk.nn.accelerate(model, sparsifier, lambda *_: True)
+        iterate(model, optimizer, sparsifier, 0, 4)
+        return model.state_dict()
+
+    torch.testing.assert_close(run(True), run(False))
+
+
+@every_method
+def test_shared_weights_and_exceptions(method):
+    model = network()
+    model.append(nn.Linear(6, 6)).append(nn.Linear(6, 6))
+    model[7].weight = model[6].weight
+    model, optimizer, sparsifier = setup(METHODS[method], model=model)
+    iterate(model, optimizer, sparsifier, 0, 3)
+    seen = []
+    for layer in (model[6], model[7]):
+        layer.register_forward_pre_hook(lambda m, _: seen.append(m.weight.detach().clone()))
+    model(batch(0)[0])
+    assert torch.equal(*seen) and not torch.equal(seen[0], model[6].weight)
+    with pytest.raises(RuntimeError):
+        model[5](torch.zeros(2, 3))
+    assert "weight" not in model[5].__dict__ and isinstance(model[5].weight, nn.Parameter)
+    with pytest.raises(RuntimeError, match="without a closure"):
+        optimizer.step(lambda: None)
+
+
+@every_method
+def test_moved_layout_and_accumulated_gradients(method):
+    def run(change, parts):
+        model, optimizer, sparsifier = setup(METHODS[method])
+        model.eval()
+        for i in range(4):
+            if i == 1:
+                change(model)
+            optimizer.zero_grad()
+            x, y = batch(i)
+            for a, b in zip(x.chunk(parts), y.chunk(parts), strict=True):
+                (nn.functional.cross_entropy(model(a), b) / parts).backward()
+            optimizer.step()
+            sparsifier.step()
+        return model.state_dict()
+
+    want = run(lambda m: None, 1)
+    torch.testing.assert_close(run(lambda m: m.to(memory_format=torch.channels_last), 1), want)
+    torch.testing.assert_close(run(lambda m: None, 2), want)
+
+
+def test_attention_that_never_calls_its_layer_is_refused():
+    model = nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 16))
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    with pytest.raises(ValueError, match=r"exclude: must cover 1.self_attn.out_proj.weight"):
+        sk.TopKAST(0.8, 0.5).attach(model, optimizer)
+    sk.TopKAST(0.8, 0.5, exclude=["out_proj"]).attach(model, optimizer, verbose=False)

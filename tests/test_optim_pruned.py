@@ -1,0 +1,89 @@
+"""Pruned entries of MaskedSGD stay zero, whoever else writes; memory that is known to be zero is left alone."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+import sparsekern as sk
+
+
+def pruned_weight():
+    torch.manual_seed(0)
+    w = torch.randn(64, 64).requires_grad_()
+    keep = torch.zeros(64, 64, dtype=torch.bool)
+    keep[::7] = torch.rand(10, 64) < 0.3
+    optimizer = sk.MaskedSGD([w], lr=0.1, momentum=0.9, masks=sk.MaskSet({"w": w}))
+    optimizer.masks.set("w", keep)
+    for _ in range(3):
+        w.grad = torch.ones_like(w)
+        optimizer.step()
+    return w, keep, optimizer
+
+
+@pytest.mark.parametrize(
+    "write",
+    ["weight", "momentum", "load", "mask", "masks", "data and set_masks", "new data", "state", "found_inf"],
+)
+def test_pruned_entries_written_from_outside_become_zero_again(write):
+    w, keep, optimizer = pruned_weight()
+    buffer = optimizer.state[w]["momentum_buffer"]
+    assert not w[~keep].any() and not buffer[~keep].any() and w[keep].all()
+    with torch.no_grad():
+        if write == "weight":
+            w.fill_(float("nan"))
+            w.masked_fill_(keep, 1)
+        elif write == "momentum":
+            buffer.add_(1)
+        elif write == "load":
+            torch.nn.ParameterList([w]).load_state_dict({"0": torch.ones(64, 64)})
+        elif write == "mask":
+            keep = keep.roll(1, 0)
+            optimizer.masks.set("w", keep)
+        elif write == "masks":
+            keep = keep.roll(1, 0)
+            optimizer.set_masks({w: keep})
+        elif write == "data and set_masks":
+            w.data.fill_(1)
+            optimizer.set_masks(optimizer.masks)
+        elif write == "new data":
+            w.data = torch.ones(64, 64)
+        elif write == "state":
+            optimizer.state[w]["momentum_buffer"] = torch.ones(64, 64)
+        elif write == "found_inf":
+            w.fill_(1)
+            optimizer.found_inf = torch.ones(())
+            w.grad = torch.ones_like(w)
+            optimizer.step()
+            assert w.eq(1).all()
+            del optimizer.found_inf
+    w.grad = torch.ones_like(w)
+    optimizer.step()
+    assert not w[~keep].any() and not optimizer.state[w]["momentum_buffer"][~keep].any()
+
+
+def test_dead_memory_is_left_alone_once_it_is_zero(monkeypatch):
+    import sparsekern.optim as implementation
+
+    seen = []
+    original = implementation.launch
+    monkeypatch.setattr(implementation, "launch", lambda *a, **k: (seen.append(k["known_zero"]), original(*a, **k))[1])
+    _, _, optimizer = pruned_weight()
+    assert seen == [[], [1], [1]]
+    optimizer.momentum_policy = "decay"
+    optimizer.step()
+    assert seen[-1] == []
+
+
+@pytest.mark.parametrize("way", ["pickle", "deepcopy"])
+def test_copies_keep_masks(way):
+    w, keep, optimizer = pruned_weight()
+    again = pickle.loads(pickle.dumps(optimizer)) if way == "pickle" else copy.deepcopy(optimizer)
+    (clone,) = again.param_groups[0]["params"]
+    assert clone is not w
+    for p, o in ((w, optimizer), (clone, again)):
+        p.grad = torch.ones_like(p)
+        o.step()
+    torch.testing.assert_close(clone, w, rtol=0, atol=0)
+    assert not clone[~keep].any()

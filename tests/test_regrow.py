@@ -1,0 +1,269 @@
+"""RigL, SET, RigL-ITOP and GraNet: which weights an update drops and grows, counts, momentum, resume, overflow."""
+
+import copy
+
+import pytest
+import torch
+from method_steps import OPTIMIZERS, assert_pruned_are_zero, batch, iterate, momenta, network, resumed_from
+from torch import nn
+
+import sparsekern as sk
+from sparsekern.updates import UpdateSchedule
+
+SCHEDULE = UpdateSchedule(start=3, stop=9, every=3, total_steps=12)
+METHODS = {"rigl": sk.RigL, "set": sk.SET, "itop": sk.RigLITOP, "granet": sk.GraNet}
+
+
+def setup(method="rigl", kind="masked", schedule=SCHEDULE, sparsity=0.8, **kwargs):
+    model = network()
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    return model, optimizer, METHODS[method](sparsity, schedule, **kwargs).attach(model, optimizer, verbose=False)
+
+
+def live(sparsifier):
+    return [sparsifier.allocation.live(sparsifier.masks, name) for name in sparsifier.masks]
+
+
+def one_layer(gradient, kind, weight=(0.9, -0.8, 0.1, 0, 0, 0), policy="mask"):
+    """One update of a single row whose first three weights are live."""
+    layer = nn.Linear(6, 1, bias=False)
+    if kind == "masked":
+        optimizer = sk.MaskedSGD(layer.parameters(), lr=0.1, momentum=0.9, momentum_policy=policy)
+    else:
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+    sparsifier = sk.RigL(0.5, UpdateSchedule(1, 1, 1, 2), drop_fraction=0.34, last_fraction=0.34)
+    sparsifier.attach(layer, optimizer, verbose=False)
+    sparsifier.masks.set("weight", torch.arange(6).reshape(1, 6) < 3)
+    layer.weight.data = torch.tensor([weight])
+    layer.weight.grad = torch.zeros(1, 6)
+    optimizer.step()
+    sparsifier.step()
+    buffer = optimizer.state[layer.weight]["momentum_buffer"]
+    buffer.copy_(torch.tensor([[0.1, 0.2, 0.3, 0.0, 0.4 if policy == "decay" else 0.0, 0.0]]))
+    layer.weight.grad = torch.tensor([gradient])
+    optimizer.step()
+    sparsifier.step()
+    return layer.weight.detach()[0], buffer[0], sparsifier.masks.bool("weight")[0]
+
+
+@pytest.mark.parametrize("kind", ["masked", "sgd"])
+def test_drops_the_smallest_and_grows_the_steepest_from_zero(kind):
+    weight, momentum, mask = one_layer([0.0, 0.0, 0.0, 0.5, -0.7, 0.2], kind)
+    assert mask.tolist() == [True, True, False, False, True, False]
+    torch.testing.assert_close(weight, torch.tensor([0.9, -0.8, 0, 0, 0, 0]), rtol=0, atol=0)
+    torch.testing.assert_close(momentum, torch.tensor([0.1, 0.2, 0, 0, 0, 0]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["masked", "sgd"])
+def test_what_is_dropped_and_grown_again_keeps_value_and_momentum(kind):
+    weight, momentum, mask = one_layer([0.0, 0.0, 0.9, 0.5, -0.7, 0.2], kind)
+    assert mask.tolist() == [True, True, True, False, False, False]
+    torch.testing.assert_close(weight, torch.tensor([0.9, -0.8, 0.1, 0, 0, 0]), rtol=0, atol=0)
+    torch.testing.assert_close(momentum, torch.tensor([0.1, 0.2, 0.3, 0, 0, 0]), rtol=0, atol=0)
+
+
+def test_grown_weight_has_no_momentum_where_pruned_momentum_decays():
+    _, momentum, mask = one_layer([0.0, 0.0, 0.0, 0.5, -0.7, 0.2], "masked", policy="decay")
+    assert mask[4] and momentum[4] == 0
+
+
+def test_drop_fraction_follows_the_cosine():
+    sparsifier = setup(schedule=sk.update_schedule(total_steps=32_000))[2]
+    assert sparsifier.schedule == UpdateSchedule(100, 25_000, 100, 32_000)
+    found = [round(sparsifier.fraction(t), 5) for t in (0, 6_250, 12_500, 18_750, 25_000)]
+    assert found == [0.3, 0.25607, 0.15, 0.04393, 0]
+
+
+@pytest.mark.parametrize("name", ["itop", "granet"])
+def test_published_intervals_and_those_of_short_runs(name):
+    sparsifier = setup(name, schedule=sk.update_schedule(total_steps=1_000_000))[2]
+    assert sparsifier.schedule.every == 4000 and sparsifier.schedule.stop == 1_000_000
+    assert sparsifier.fraction(0) == 0.5 and sparsifier.fraction(1_000_000) == pytest.approx(0.005)
+    assert setup(name, schedule=sk.update_schedule(total_steps=500))[2].schedule.every == 20
+    assert setup(name, schedule=sk.update_schedule(total_steps=500, every=100))[2].schedule.every == 100
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("method", METHODS)
+def test_counts_zeros_and_update_steps(method, kind):
+    parts = setup(method, kind)
+    sparsifier = parts[2]
+    counts, changed = live(sparsifier), []
+    start = sparsifier.allocation.budget(0.5 if method == "granet" else 0.8)
+    assert counts == list(start.each.values())
+    for i in range(12):
+        before = sparsifier.masks.hash()
+        weights = [p.detach().clone() for p in parts[0].parameters()]
+        iterate(*parts, i, i + 1)
+        assert_pruned_are_zero(*parts)
+        if sparsifier.masks.hash() != before:
+            changed.append(i)
+        if method != "granet":
+            assert live(sparsifier) == counts
+        moved = any(not torch.equal(p[p != 0], w[p != 0]) for p, w in zip(parts[0].parameters(), weights, strict=True))
+        assert moved != (method == "rigl" and i in (3, 6, 9))
+    # RigL's updates replace steps 3, 6 and 9, the last with nothing to drop; the others' follow steps 2, 5 and 8.
+    assert changed == ([3, 6] if method == "rigl" else [2, 5] if method == "set" else [2, 5, 8])
+    assert sum(live(sparsifier)) == sk.keep_count(216 + 720 + 960, 0.8)
+
+
+def test_rigl_overlap_has_its_closed_form():
+    parts = setup(drop_fraction=0.5)
+    iterate(*parts, 0, 3)
+    model, optimizer, sparsifier = parts
+    masks = {n: sparsifier.masks.bool(n) for n in sparsifier.masks}
+    x, y = batch(3)
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(model(x), y).backward()
+    for name in masks:  # nothing dropped comes back
+        sparsifier.masks.parameter(name).grad[masks[name]] = 0
+    optimizer.step()
+    sparsifier.step()
+    f = sparsifier.fraction(3)
+    for name, mask in masks.items():
+        n, now = int(mask.sum()), sparsifier.masks.bool(name)
+        drop = int(f * n)
+        assert int((mask & now).sum()) / int((mask | now).sum()) == (n - drop) / (n + drop)
+    assert (n - drop) / (n + drop) == pytest.approx((1 - f) / (1 + f), abs=0.01)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("stop", [1, 2, 3, 4, 5, 8])
+def test_resume_is_bit_identical(method, stop):
+    whole, first = setup(method), setup(method)
+    iterate(*whole, 0, 11)
+    iterate(*first, 0, stop)
+    again = resumed_from(first, setup(method))
+    iterate(*again, stop, 11)
+    torch.testing.assert_close(again[0].state_dict(), whole[0].state_dict(), rtol=0, atol=0)
+    assert again[2].masks.hash() == whole[2].masks.hash()
+    if method == "itop":
+        assert again[2].exploration() == whole[2].exploration()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["masked", "sgd"])
+def test_update_due_on_a_skipped_step_waits(method, kind):
+    model, optimizer, sparsifier = setup(method, kind)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=100)
+    due = 3 if method == "rigl" else 2
+    hashes = [sparsifier.masks.hash()]
+    for i in range(6):
+        x, y = batch(i)
+        optimizer.zero_grad()
+        bad = i in (due, due + 1)
+        scaler.scale(nn.functional.cross_entropy(model(x), y) * (float("inf") if bad else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        sparsifier.step()
+        hashes.append(sparsifier.masks.hash())
+    assert [a != b for a, b in zip(hashes, hashes[1:], strict=False)].index(True) == due + 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("pattern", ["4x1", "1x4", "block4"])
+def test_blocks_are_dropped_and_grown_whole(method, pattern):
+    parts = setup(method, pattern=pattern, sparsity=0.5, **({"initial": 0.5} if method == "granet" else {}))
+    counts, before = live(parts[2]), parts[2].masks.hash()
+    iterate(*parts, 0, 5)
+    assert parts[2].masks.hash() != before and (method == "granet" or live(parts[2]) == counts)
+    dim = 0 if pattern == "4x1" else 1
+    for name in parts[2].masks:
+        for block in parts[2].masks.bool(name).split(4, dim):
+            assert torch.equal(block.any(dim), block.all(dim))
+
+
+def test_random_masks_depend_on_the_seed_alone():
+    hashes = [setup(seed=s)[2].masks.hash() for s in (0, 0, 1)]
+    assert hashes[0] == hashes[1] != hashes[2]
+    a, b = setup("set"), setup("set", seed=0)
+    torch.manual_seed(5)
+    for parts in (a, b):
+        iterate(*parts, 0, 4)
+        torch.rand(3)
+    assert a[2].masks.hash() == b[2].masks.hash()
+
+
+def test_exploration_is_the_union_of_all_masks():
+    parts = setup("itop")
+    union = {n: parts[2].masks.bool(n) for n in parts[2].masks}
+    assert parts[2].exploration() == pytest.approx(parts[2].masks.density())
+    for i in range(12):
+        iterate(*parts, i, i + 1)
+        union = {n: union[n] | parts[2].masks.bool(n) for n in union}
+    share = sum(int(u.sum()) for u in union.values()) / sum(u.numel() for u in union.values())
+    assert parts[2].exploration() == share > parts[2].masks.density()
+
+
+def test_granet_prunes_by_its_curve_over_all_layers():
+    parts = setup("granet", sparsity=0.9, prune_stop=0.5)
+    at = [parts[2].at(t) for t in (3, 6, 9)]
+    assert at == [pytest.approx(0.9 - 0.4 * 0.5**3), 0.9, 0.9]
+    found = []
+    for i in range(9):
+        iterate(*parts, i, i + 1)
+        found.append(sum(live(parts[2])))
+    total = 216 + 720 + 960
+    assert found[2] == sk.keep_count(total, at[0]) and found[5] == found[8] == sk.keep_count(total, 0.9)
+    assert setup("granet", initial=0.0)[2].masks.density() == 1.0
+
+
+@pytest.mark.parametrize("method", ["rigl", "itop", "granet"])
+def test_accelerated_training_grows_by_the_dense_gradient(method):
+    plain, fast = setup(method), setup(method)
+    sk.nn.accelerate(fast[0], fast[2], choose=lambda *_: True)
+    iterate(*plain, 0, 8)
+    iterate(*fast, 0, 8)
+    assert fast[2].masks.overlap(plain[2].masks) == 1.0
+    torch.testing.assert_close(fast[0].state_dict(), plain[0].state_dict(), rtol=1e-4, atol=1e-5)
+
+
+def test_layer_without_gradient_and_channels_last():
+    parts = setup()
+    model, optimizer, sparsifier = parts
+    model.to(memory_format=torch.channels_last)
+    iterate(*parts, 0, 3)
+    plain = setup()
+    iterate(*plain, 0, 3)
+    for model, optimizer, sparsifier in (parts, plain):
+        x, y = batch(3)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        model[0].weight.grad = None
+        before = sparsifier.masks.bool("0.weight")
+        optimizer.step()
+        sparsifier.step()
+        assert torch.equal(before, sparsifier.masks.bool("0.weight")) and sparsifier.updates == 1
+    assert parts[2].masks.hash() == plain[2].masks.hash()
+
+
+def test_nan_gradient_is_refused_before_anything_changes():
+    model, optimizer, sparsifier = setup()
+    iterate(model, optimizer, sparsifier, 0, 3)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, float("nan"))
+    before = copy.deepcopy(model.state_dict())
+    masks, buffer = sparsifier.masks.hash(), momenta(optimizer, model[0].weight)[0].clone()
+    with pytest.raises(ValueError, match="NaN"):
+        optimizer.step()
+    assert sparsifier.masks.hash() == masks and torch.equal(buffer, momenta(optimizer, model[0].weight)[0])
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_bad_input_is_named():
+    for method, kwargs, words in [
+        ("rigl", {"drop_fraction": 1.5}, "drop_fraction must be"),
+        ("set", {"last_fraction": -1}, "last_fraction must be"),
+        ("rigl", {"distribution": "global"}, "distribution must be one of"),
+        ("itop", {"pattern": "2:4"}, "pattern must be one of"),
+        ("granet", {"initial": 0.9}, "initial must be at most sparsity"),
+        ("granet", {"prune_stop": 0.0}, "prune_stop must be"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            setup(method, **kwargs)
+    parts = setup("itop")
+    good = parts[2].state_dict()
+    for change in ({"updates": "x"}, {"explored": {}}):
+        with pytest.raises(ValueError, match="must"):
+            parts[2].load_state_dict({**good, "position": 5, **change})
+        assert parts[2].position == 0
