@@ -13,6 +13,7 @@ inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline PackVec load_stepped(const float* p, int64_t step, int64_t n) {
   if (step == 1) return PackVec::load(p, n);
+  if (step == 2) return PackVec::load_even(p, n);
   float lanes[PackVec::kLanes] = {};
   for (int64_t i = 0; i < n; ++i) lanes[i] = p[i * step];
   return PackVec::load(lanes);

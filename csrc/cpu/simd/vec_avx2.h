@@ -47,6 +47,13 @@ struct F32x8 {
     const __m256 pairs = _mm256_shuffle_ps(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 7), 0xd8);
     return {_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(pairs), 0xd8))};
   }
+  // The first n of them, 0 < n <= 8; nothing behind the last is read.
+  static F32x8 load_even(const float* p, int64_t n) {
+    const int64_t read = 2 * n - 1;
+    const F32x8 low = load(p, read < 8 ? read : 8), high = load(p + 8, read < 8 ? 0 : read - 8);
+    const __m256 pairs = _mm256_shuffle_ps(low.v, high.v, 0x88);
+    return {_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(pairs), 0xd8))};
+  }
   static __m256i first(int64_t n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }

@@ -43,6 +43,13 @@ struct F32x16 {
     const __m512i pick = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 17, 19, 21, 23, 25, 27, 29, 31);
     return {_mm512_permutex2var_ps(_mm512_loadu_ps(p), pick, _mm512_loadu_ps(p + 15))};
   }
+  // The first n of them, 0 < n <= 16; nothing behind the last is read.
+  static F32x16 load_even(const float* p, int64_t n) {
+    const int64_t read = 2 * n - 1;
+    const __m512i pick = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const F32x16 low = load(p, read < 16 ? read : 16), high = load(p + 16, read < 16 ? 0 : read - 16);
+    return {_mm512_permutex2var_ps(low.v, pick, high.v)};
+  }
   static __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
 };
 inline F32x16 madd(F32x16 a, F32x16 b, F32x16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }

@@ -82,6 +82,7 @@ struct Lane {
     if (n) *p = value;
   }
   static Lane load_even(const T* p) { return {*p}; }
+  static Lane load_even(const T* p, int64_t) { return {*p}; }
 };
 template <class T>
 inline Lane<T> operator*(Lane<T> a, Lane<T> b) {
