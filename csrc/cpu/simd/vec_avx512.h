@@ -32,6 +32,9 @@ struct F32x16 {
   void store(Float16* p) const {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT));
   }
+  // Past the caches, to a whole vector; readers wait for `fence`.
+  void stream(float* p) const { _mm512_stream_ps(p, v); }
+  static void fence() { _mm_sfence(); }
   F32x16 keep(uint32_t bits) const { return {_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), v)}; }
   F32x16 negate() const { return {_mm512_xor_ps(v, _mm512_set1_ps(-0.0f))}; }
   static F32x16 splat(float x) { return {_mm512_set1_ps(x)}; }

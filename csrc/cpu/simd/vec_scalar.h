@@ -56,6 +56,19 @@ inline Float16 narrow(float x, Float16) {
 inline float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline double fused(double a, double b, double c) { return __builtin_fma(a, b, c); }
 
+// To the second level of the cache: `count` floats from p on, which need not be memory.
+template <int64_t kCount>
+inline void fetch(const float* p) {
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < kCount; i += 16) __builtin_prefetch(p + i, 0, 2);
+}
+// To the first level, to be written.
+template <int64_t kCount>
+inline void claim(float* p) {
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < kCount; i += 16) __builtin_prefetch(p + i, 1, 3);
+}
+
 // T is the compute type, float or double.
 template <class T>
 struct Lane {
@@ -72,6 +85,8 @@ struct Lane {
   void store(S* p) const {
     *p = narrow(value, S{});
   }
+  void stream(T* p) const { *p = value; }
+  static void fence() {}
   // Lanes whose bit is 0 become +0; `bits` holds one bit per lane from bit 0 on.
   Lane keep(uint32_t bits) const { return {bits & 1u ? value : T(0)}; }
   Lane negate() const { return {-value}; }
