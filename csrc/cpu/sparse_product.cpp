@@ -23,8 +23,8 @@ int64_t part_begin(const int32_t* pointers, int64_t rows, int64_t i, int64_t n) 
 namespace {
 
 // From here on, what a product reads and writes does not stay in the caches of a core: tiles are fetched one ahead, and
-// results go past the caches, which saves reading them first. 4 and 8 MiB.
-constexpr int64_t kFetchFloats = 1 << 20, kStreamFloats = 1 << 21;
+// results go past the caches, which saves reading them first. 512 KiB and 8 MiB.
+constexpr int64_t kFetchFloats = 1 << 17, kStreamFloats = 1 << 21;
 
 // Output channels between scratch and image: with the 96 pixels of a tall tile, 24 KiB.
 constexpr int64_t kScratchRows = 64;

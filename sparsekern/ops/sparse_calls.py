@@ -18,10 +18,13 @@ from sparsekern.ops.sparse_structure import SparseStructure, compiled_form
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
+    """How to run a call again, as long as the structure's tensors are still of these versions."""
+
+    versions: tuple[int, int]
     plan: Tensor
     output: torch.Size
-    memory_format: torch.memory_format
+    last: bool  # channels_last
     rest: tuple[Any, ...]  # shape, geometry and groups, for the kernel
 
 
@@ -52,30 +55,32 @@ def _exact(given: tuple[Any, ...]) -> bool:
     return True
 
 
+def _compiled(t: Tensor) -> bool:
+    return t.dtype is torch.float32 and t.is_cpu
+
+
 def _key(input: Tensor, weight: Tensor, given: tuple[Any, ...]) -> tuple[Any, ...]:
     return input.shape, input.stride(), weight.shape, weight.stride(), given
-
-
-def _direct(input: Tensor, weight: Tensor, structure: SparseStructure, bias: Tensor | None) -> bool:
-    if type(structure) is not SparseStructure or not _unobserved(input, weight, bias):
-        return False
-    if bias is not None and (bias.shape != structure.shape[:1] or not bias.is_contiguous()):
-        return False
-    return compiled_form(input, weight, bias)
 
 
 def repeat(
     input: Tensor, weight: Tensor, structure: SparseStructure, bias: Tensor | None, given: tuple[Any, ...]
 ) -> Tensor | None:
     """The result, if an equal call is known; ``given`` is its geometry as the caller wrote it."""
-    if not (isinstance(input, Tensor) and isinstance(weight, Tensor) and _direct(input, weight, structure, bias)):
+    try:
+        call = structure.calls[_key(input, weight, given)]
+    except (AttributeError, KeyError, TypeError):  # not tensors, not known, a list
         return None
-    if not _exact(given):
+    if not (_exact(given) and _unobserved(input, weight, bias) and _compiled(input) and _compiled(weight)):
         return None
-    call = sparse_kernels.remembered(structure.tensors).get(_key(input, weight, given))
-    if call is None:
+    if bias is not None and not (_compiled(bias) and bias.shape == structure.shape[:1] and bias.is_contiguous()):
         return None
-    result = torch.empty(call.output, dtype=torch.float32, memory_format=call.memory_format)
+    if call.versions != sparse_kernels.versions(structure.tensors):
+        return None
+    if call.last:
+        result = torch.empty(call.output, dtype=torch.float32, memory_format=torch.channels_last)
+    else:
+        result = input.new_empty(call.output)
     done = sparse_kernels.product(result, input, weight, call.plan, structure.layout, bias, *call.rest)
     return result if done else None
 
@@ -90,10 +95,11 @@ def remember(
     result: Tensor,
 ) -> None:
     """Keep a call that passed all checks, if its like may skip them; operands must be dense as they are."""
-    if not _exact(given) or not _direct(input, weight, structure, bias):
+    if not (_exact(given) and type(structure) is SparseStructure and compiled_form(input, weight, bias)):
         return
-    form = torch.contiguous_format if result.is_contiguous() else torch.channels_last
+    if not _unobserved(input, weight, bias):
+        return
     sparse = sparse_kernels.Weight(weight, structure.tensors, structure.layout, structure.shape, structure.groups)
-    plan = sparse.plan("product", input, result, geometry)
-    call = _Call(plan, result.shape, form, (structure.shape, geometry, structure.groups))
-    sparse_kernels.remember(sparse_kernels.remembered(structure.tensors), _key(input, weight, given), call)
+    plan, rest = sparse.plan("product", input, result, geometry), (structure.shape, geometry, structure.groups)
+    call = Call(sparse_kernels.versions(structure.tensors), plan, result.shape, not result.is_contiguous(), rest)
+    sparse_kernels.remember(structure.calls, _key(input, weight, given), call)

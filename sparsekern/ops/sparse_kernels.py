@@ -49,17 +49,17 @@ class _Plans:
 _plans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _versions(structure: Sequence[Tensor]) -> tuple[int, int]:
-    first, second = (0 if t.is_inference() else t._version for t in structure)
-    return first, second
+def versions(structure: Sequence[Tensor]) -> tuple[int, int]:
+    """How often each of the two tensors was changed in place; inference tensors do not count it."""
+    first, second = structure
+    return 0 if first.is_inference() else first._version, 0 if second.is_inference() else second._version
 
 
 def remembered(structure: Sequence[Tensor]) -> dict[Any, Any]:
-    """What is kept for these two tensors as they are now: plans and whatever else depends on nothing but them."""
-    known = _plans.get(structure[1])
-    versions = _versions(structure)
-    if known is None or known.pointers is not structure[0] or known.versions != versions:
-        known = _plans[structure[1]] = _Plans(structure[0], versions)
+    """The plans of these two tensors as they are now."""
+    known, now = _plans.get(structure[1]), versions(structure)
+    if known is None or known.pointers is not structure[0] or known.versions != now:
+        known = _plans[structure[1]] = _Plans(structure[0], now)
     return known.found
 
 

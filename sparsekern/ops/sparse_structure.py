@@ -31,8 +31,8 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import SupportsIndex
+from dataclasses import dataclass, field
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -177,6 +177,11 @@ class SparseStructure:
     groups: int
     layout: str
     tensors: tuple[Tensor, Tensor]
+    calls: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+    """What `sparsekern.ops.sparse_calls` remembers; dropped by copies and pickles."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "calls": {}}
 
     def __post_init__(self) -> None:
         if len(self.shape) not in (2, 4):
