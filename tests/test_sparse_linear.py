@@ -139,7 +139,8 @@ def test_errors_name_the_argument():
         (ValueError, "bias has shape", (x, w, s, x[0])),
         (ValueError, "input has shape", (x[:, :7], w, s)),
         (ValueError, "structure is for a weight", (x, w[:3], s)),
-        (ValueError, "weight has 1 dim", (x, w[0], s)),
+        (ValueError, "weight has 8 packed values: expected 32", (x, w[0], s)),
+        (ValueError, "weight has 3 dim", (x, w[None], s)),
     ]:
         with pytest.raises(error, match=words):
             f(*arguments)
