@@ -115,7 +115,7 @@ bool sparse_plan_cpu(Tensor plan, std::string pass, Tensor input, Tensor result,
   int32_t* const to = plan.mutable_data_ptr<int32_t>();
   if (pass == "input") return plan_input_gradient(form, g.rows, g.columns, strides_of(result), g.images, g.lanes, to);
   const Grid grid = g.grid();
-  if (pass == "weight") return plan_weight_gradient(form, grid, to);
+  if (pass == "weight") return plan_weight_gradient(form, grid, strides_of(input), strides_of(result), to);
   return plan_rows(form, grid, Plan(grid, input.size(1), w.tall, strides_of(input)).width, to);
 }
 

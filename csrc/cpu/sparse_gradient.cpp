@@ -15,7 +15,8 @@ constexpr int64_t kLeastPixels = 128, kMostPixels = 1024;
 // Channels per packing task, tens of KiB.
 constexpr int64_t kPackChannels = 16;
 
-Tiling weight_tiling(const Grid& grid, const SparseShape& w) {
+// In place if both images allow it.
+Plan weight_plan(const Grid& grid, const SparseShape& w, const Strides& input, const Strides& gradients) {
   SparseLimits limits;
   kernels().sparse_limits(&limits);
   const int64_t lanes = limits.lanes, rows = w.channels * w.groups * grid.planes() + w.outputs;
@@ -27,7 +28,8 @@ Tiling weight_tiling(const Grid& grid, const SparseShape& w) {
   t.per_span = (grid.length + t.tile - 1) / t.tile;
   t.count = t.per_span * grid.spans;
   t.width = (t.tile + grid.reach + lanes - 1) / lanes * lanes;
-  return t;
+  const bool place = in_place(grid, input) && in_place(grid, gradients);
+  return Plan(t, w.channels * w.groups * grid.planes(), place, input.channel);
 }
 
 // The activations and the gradients of one tile, channels shared out over threads.
@@ -87,29 +89,34 @@ std::vector<Phase> phases(const GradientAxis& a) {
 
 }  // namespace
 
-bool plan_weight_gradient(const SparseForm& form, const Grid& grid, int32_t* plan) {
-  return plan_rows(form, grid, weight_tiling(grid, form.shape).width, plan);
+bool plan_weight_gradient(const SparseForm& form, const Grid& grid, const Strides& input, const Strides& gradients,
+                          int32_t* plan) {
+  return plan_rows(form, grid, weight_plan(grid, form.shape, input, gradients).width, plan);
 }
 
 bool sparse_weight_gradient(const Grid& grid, const Image<const float>& input, const SparseShape& w, PlanReader plan,
                             const Image<const float>& gradients, float* result) {
   thread_local Buffer<float> activation_buffer, gradient_buffer, sum_buffer;
-  const Tiling t = weight_tiling(grid, w);
+  const Plan chosen = weight_plan(grid, w, input.strides, gradients.strides);
+  const Tiling& t = chosen.tiling;
   PlannedRows rows;
-  if (!plan.next(w.block_rows(), rows) || rows.width != t.width) return false;
+  if (!plan.next(w.block_rows(), rows) || rows.width != chosen.width) return false;
   const int64_t channels = w.channels * w.groups, sums = rows.blocks * w.block();
   float* const total = sum_buffer.get(sums);
   std::fill(total, total + sums, 0.0f);
-  float* const activations = activation_buffer.get(channels * grid.planes() * t.width);
-  float* const packed = gradient_buffer.get(w.outputs * t.tile);
-  const SparseRows s{rows.pointers, rows.activations, nullptr, nullptr, t.width, w.tall, w.wide, true};
+  float* const activations = activation_buffer.get(chosen.place ? 0 : channels * grid.planes() * t.width);
+  float* const packed = gradient_buffer.get(chosen.place ? 0 : w.outputs * t.tile);
+  const SparseRows s{rows.pointers, rows.activations, nullptr, nullptr, chosen.width, w.tall, w.wide, true};
   const int64_t parts = 4 * torch::stable::get_num_threads();
   for (int64_t tile = 0; tile < t.count; ++tile) {
-    pack_pair(grid, t, tile, input, channels, activations, gradients, w.outputs, packed);
+    const int64_t count = chosen.place ? std::min(t.tile, grid.length - tile % t.per_span * t.tile) : t.tile;
+    if (!chosen.place) pack_pair(grid, t, tile, input, channels, activations, gradients, w.outputs, packed);
+    const float* const x = chosen.place ? place(t, input, tile) : activations;
+    const float* const g = chosen.place ? place(t, gradients, tile) : packed;
+    const int64_t width = chosen.place ? gradients.strides.channel : t.tile;
     torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
       kernels().sparse_dots(s, part_begin(rows.pointers, rows.rows, begin, parts),
-                            part_begin(rows.pointers, rows.rows, end, parts), activations, packed, t.tile, t.tile,
-                            total);
+                            part_begin(rows.pointers, rows.rows, end, parts), x, g, width, count, total);
     });
   }
   scatter(rows, w, total, result);

@@ -11,7 +11,8 @@ struct GradientAxis {
 };
 
 // Plans for the functions below; false if the structure is not one.
-bool plan_weight_gradient(const SparseForm& form, const Grid& grid, int32_t* plan);
+bool plan_weight_gradient(const SparseForm& form, const Grid& grid, const Strides& input, const Strides& gradients,
+                          int32_t* plan);
 bool plan_input_gradient(const SparseForm& form, const GradientAxis& rows, const GradientAxis& columns,
                          const Strides& gradients, int64_t images, int64_t lanes, int32_t* plan);
 

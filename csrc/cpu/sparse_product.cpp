@@ -42,13 +42,6 @@ SparseLimits limits() {
 // Channels are neighbours and pixels are not.
 bool channels_last(const Strides& s) { return s.channel == 1 && s.column != 1; }
 
-// Whether tiles are ranges of the image itself: one tap that reads each pixel where it lies. Measured on the pointwise
-// layers of ResNet-50, packing them gains nothing at 90% sparsity and costs up to 3x at 98%.
-bool in_place(const Grid& grid, const Strides& s) {
-  return grid.planes() == 1 && grid.reach == 0 && grid.length == s.channel && s.column == 1 &&
-         grid.columns.stride == 1 && grid.rows.stride == 1 && grid.columns.padding == 0 && grid.rows.padding == 0;
-}
-
 class Product {
  public:
   Product(const Grid& grid, const Tiling& tiling, const Image<const float>& input, const SparseRows& rows,
@@ -78,9 +71,7 @@ class Product {
   }
 
   // The tile in the image itself.
-  const float* place(int64_t tile) const {
-    return input_.data + tile / tiling_.per_span * input_.strides.batch + tile % tiling_.per_span * tiling_.tile;
-  }
+  const float* place(int64_t tile) const { return sparsekern::place(tiling_, input_, tile); }
 
   // Block rows [begin, end) of the output.
   void multiply(int64_t tile, int64_t begin, int64_t end, const float* packed) const {
@@ -230,13 +221,20 @@ void pack_runs(const Image<const float>& input, int64_t step, const std::vector<
   kernels().sparse_pack_last(pixels.data(), width, channels, packed, width);
 }
 
-Plan::Plan(const Grid& grid, int64_t channels, int32_t tall, const Strides& input)
-    : tiling(grid, channels, limits().lanes, tall == 4 ? limits().tall : limits().flat),
-      place(in_place(grid, input)),
-      width(place ? input.channel : tiling.width) {
-  STD_TORCH_CHECK(channels * grid.planes() * width < INT32_MAX, "sparsekern: ", channels,
+bool in_place(const Grid& grid, const Strides& s) {
+  return grid.planes() == 1 && grid.reach == 0 && grid.length == s.channel && s.column == 1 &&
+         grid.columns.stride == 1 && grid.rows.stride == 1 && grid.columns.padding == 0 && grid.rows.padding == 0;
+}
+
+Plan::Plan(const Tiling& tiling, int64_t rows, bool place, int64_t width)
+    : tiling(tiling), place(place), width(place ? width : tiling.width) {
+  STD_TORCH_CHECK(rows * this->width < INT32_MAX, "sparsekern: ", rows,
                   " channels do not fit one tile of 32-bit offsets");
 }
+
+Plan::Plan(const Grid& grid, int64_t channels, int32_t tall, const Strides& input)
+    : Plan(Tiling(grid, channels, limits().lanes, tall == 4 ? limits().tall : limits().flat), channels * grid.planes(),
+           in_place(grid, input), input.channel) {}
 
 void multiply(const Grid& grid, const Plan& plan, const Image<const float>& input, int64_t channels, SparseRows s,
               int64_t rows, const Image<float>& output) {

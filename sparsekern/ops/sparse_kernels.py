@@ -132,6 +132,11 @@ def run_product(weight: Weight, input: Tensor, result: Tensor, bias: Tensor | No
     )  # fmt: skip
 
 
+def _reaches_all(kernel: int, stride: int, dilation: int) -> bool:
+    """Whether the taps of one axis reach every pixel; a longer stride leaves some, which the kernels do not write."""
+    return len({k * dilation % stride for k in range(kernel)}) == stride
+
+
 def run_gradients(
     weight: Weight,
     grad: Tensor,
@@ -150,8 +155,8 @@ def run_gradients(
             lambda plan: weight_gradient(grad_weight, grad, input, plan, weight.layout, *rest),
         )  # fmt: skip
     if grad_input.numel():
-        if max(geometry[:2]) > 1:
-            grad_input.zero_()  # the stride may leave pixels that no tap reaches
+        if not all(_reaches_all(weight.shape[2 + i], geometry[i], geometry[4 + i]) for i in (0, 1)):
+            grad_input.zero_()
         weight.run(
             "input", grad_input, grad, geometry,
             lambda plan: input_gradient(grad_input, grad, weight.values, plan, weight.layout, *rest),

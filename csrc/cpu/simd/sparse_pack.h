@@ -81,6 +81,13 @@ void sparse_unpack(const float* packed, int64_t width, const SparseRun* runs, in
       const float* const from = packed + runs[r].packed;
       float* const to = image + runs[r].image;
       for (int64_t j = 0; j < runs[r].count * step; j += 16) claim<1>(to + kAhead * channel + j);
+      if (step == 2) {
+        for (int64_t i = 0; i < runs[r].count; i += kLanes) {
+          const int64_t n = lesser(kLanes, runs[r].count - i);
+          PackVec::load(from + i, n).store_even(to + 2 * i, n);
+        }
+        continue;
+      }
       if (step != 1) {
         for (int64_t i = 0; i < runs[r].count; ++i) to[i * step] = from[i];
         continue;

@@ -58,6 +58,14 @@ struct F32x8 {
     const __m256 pairs = _mm256_shuffle_ps(low.v, high.v, 0x88);
     return {_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(pairs), 0xd8))};
   }
+  // The first n lanes to p[0], p[2], ..., 0 <= n <= 8; what lies between stays.
+  void store_even(float* p, int64_t n) const {
+    const __m256i even = _mm256_setr_epi32(-1, 0, -1, 0, -1, 0, -1, 0);
+    const __m256 low = _mm256_permutevar8x32_ps(v, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
+    const __m256 high = _mm256_permutevar8x32_ps(v, _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7));
+    _mm256_maskstore_ps(p, _mm256_and_si256(even, first(2 * n)), low);
+    _mm256_maskstore_ps(p + 8, _mm256_and_si256(even, first(2 * n - 8)), high);
+  }
   static __m256i first(int64_t n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }

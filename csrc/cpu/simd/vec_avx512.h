@@ -54,6 +54,14 @@ struct F32x16 {
     const F32x16 low = load(p, read < 16 ? read : 16), high = load(p + 16, read < 16 ? 0 : read - 16);
     return {_mm512_permutex2var_ps(low.v, pick, high.v)};
   }
+  // The first n lanes to p[0], p[2], ..., 0 <= n <= 16; what lies between stays.
+  void store_even(float* p, int64_t n) const {
+    const uint32_t even = static_cast<uint32_t>((uint64_t{1} << 2 * n) - 1) & 0x55555555u;
+    const __m512i low = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+    const __m512i high = _mm512_setr_epi32(8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15);
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>(even), _mm512_maskz_permutexvar_ps(0xffff, low, v));
+    _mm512_mask_storeu_ps(p + 16, static_cast<__mmask16>(even >> 16), _mm512_maskz_permutexvar_ps(0xffff, high, v));
+  }
   static __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
 };
 inline F32x16 madd(F32x16 a, F32x16 b, F32x16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }

@@ -100,6 +100,7 @@ struct Lane {
   void store(T* p, int64_t n) const {
     if (n) *p = value;
   }
+  void store_even(T* p, int64_t n) const { store(p, n); }
   static Lane load_even(const T* p) { return {*p}; }
   static Lane load_even(const T* p, int64_t) { return {*p}; }
 };
