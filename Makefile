@@ -38,12 +38,21 @@ OPERATOR_TESTS := $(addprefix $(CURDIR)/,$(filter-out %_long.py,$(wildcard tests
 
 test-sanitize: build  ## operator tests under AddressSanitizer and UndefinedBehaviorSanitizer (g++)
 	@echo "building sparsekern with sanitizers"
-	@CXX=g++ CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" \
+	@SPARSEKERN_CUDA=off CXX=g++ CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" \
 	    $(BIN)/python setup.py -q build --build-base build/sanitize > build/sanitize.log 2>&1 \
 	    || { cat build/sanitize.log; exit 1; }
 	cd build/sanitize/lib* && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	    $(CURDIR)/$(BIN)/python -m pytest -q --capture=sys -p no:cacheprovider $(OPERATOR_TESTS)
+
+test-emulator-asan: .venv/installed  ## every CUDA kernel, emulated, under AddressSanitizer
+	cd tests && $(CURDIR)/$(BIN)/python -m emulator.sanitize address
+
+test-emulator-race: .venv/installed  ## every CUDA kernel, emulated, under ThreadSanitizer: a race detector
+	cd tests && $(CURDIR)/$(BIN)/python -m emulator.sanitize thread
+
+gpu: build  ## on a machine with a GPU: the suite on the device, compute-sanitizer, benchmarks with device events
+	$(BIN)/python -m benchmarks.gpu
 
 demo: build  ## AC/DC training to 95% sparsity on scikit-learn's digits
 	$(BIN)/python -m sparsekern train digits --name demo --overwrite
@@ -64,4 +73,4 @@ wheel: .venv/installed  ## a wheel for this Python and platform in dist/
 clean:  ## remove build products, keep .venv and runs
 	rm -rf build dist *.egg-info sparsekern/*.so sparsekern/_build_info.json .venv/built
 
-.PHONY: help build test test-sanitize demo bench lint wheel clean
+.PHONY: help build test test-sanitize test-emulator-asan test-emulator-race gpu demo bench lint wheel clean

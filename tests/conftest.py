@@ -6,6 +6,7 @@ Uninitialised memory is NaN (or the largest integer) in all tests, so that an el
 
 import zlib
 
+import device_cuda
 import emulated_cuda
 import emulator
 import pytest
@@ -36,11 +37,19 @@ EMULATED = pytest.param(
     "emulated-cuda", marks=pytest.mark.skipif(bool(emulator.obstacle()), reason=emulator.obstacle())
 )
 
+CUDA = pytest.param(
+    "cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")]
+)
+
 
 def _select(request):
     name = request.param
     if name == "reference":
         yield name
+        return
+    if name == "cuda":
+        with device_cuda.installed():
+            yield name
         return
     if name == "emulated-cuda":
         # Every test has one of the three orders of threads, always the same.
@@ -53,13 +62,13 @@ def _select(request):
     torch.ops.sparsekern.set_cpu_isa(before)
 
 
-@pytest.fixture(params=["reference", *NATIVE, EMULATED])
+@pytest.fixture(params=["reference", *NATIVE, EMULATED, CUDA])
 def backend(request):
     """Name of the backend under test; a compiled one is selected for the whole test."""
     yield from _select(request)
 
 
-@pytest.fixture(params=[*NATIVE, EMULATED])
+@pytest.fixture(params=[*NATIVE, EMULATED, CUDA])
 def native(request):
     """As `backend`, without the reference, for what is compared with it."""
     yield from _select(request)

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from conftest import EMULATED
+from conftest import CUDA, EMULATED
 from topk_oracle import draw, groups_of, layouts, same
 
 import sparsekern as sk
@@ -18,7 +18,7 @@ SAMPLED = 600_011
 
 
 pytestmark = [
-    pytest.mark.parametrize("backend", ["scalar", "avx2", "avx512", EMULATED], indirect=True),
+    pytest.mark.parametrize("backend", ["scalar", "avx2", "avx512", EMULATED, CUDA], indirect=True),
     pytest.mark.usefixtures("backend"),
 ]
 

@@ -20,9 +20,10 @@ __global__ void __launch_bounds__(32 * kPackWarps)
   int32_t* const bounds = packed.bounds + int64_t{row} * (packed.slabs + 1);
   int next = begin, slab_before = -1;
   for (int first = begin; first < end; first += 32) {
-    const int k = first + lane, index = k < end ? w.indices[k] : -1;
-    const int channel = index / grid.taps, tap = index - channel * grid.taps;
-    const bool there = index >= 0 && channel < w.channels / w.wide && grid.tap_offset[tap] >= 0;
+    const int k = first + lane, given = k < end ? w.indices[k] : -1;
+    const bool inside = given >= 0 && given < w.channels / w.wide * grid.taps;
+    const int index = inside ? given : 0, channel = index / grid.taps, tap = index - channel * grid.taps;
+    const bool there = inside && grid.tap_offset[tap] >= 0;
     const uint32_t all = __ballot_sync(~0u, there), below = all & ((1u << lane) - 1);
     const int slab = channel * w.wide / grid.slab, at = next + __popc(below);
     const int neighbour = __shfl_sync(~0u, slab, below ? 31 - __clz(below) : 0);

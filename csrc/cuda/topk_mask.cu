@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     count_digits(const __grid_constant__ TopkBatch batch, const TopkSpace space, bool magnitude, int pass) {
   __shared__ uint32_t bins[kCopies][kTopkBins];
   __shared__ bool last;
-  for (int b = threadIdx.x; b < kCopies * kTopkBins; b += kThreads) bins[0][b] = 0;
+  for (int b = threadIdx.x; b < kCopies * kTopkBins; b += kThreads) bins[b / kTopkBins][b % kTopkBins] = 0;
   const ScoreTensor& t = chunk_tensor(batch);
   const Key threshold = pass == 0 ? 0 : static_cast<Key>(space.states[t.segment].key);
   const uint32_t begin = (chunk_of(batch) - t.first_chunk) * kTopkChunk;
