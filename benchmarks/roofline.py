@@ -1,9 +1,9 @@
 """A roofline picture of a benchmark run (`--plot FILE.png` or `.svg`): how near each row comes to what the machine can.
 
 Across: operations per byte that must be moved. Up: operations per second. The roof is memory's rate times the former
-and, at most, the rate of arithmetic; both are measured in the process of the run, with its threads. Circles are
-candidates, crosses their baselines, whose useless operations on pruned weights count for them. Needs matplotlib (the
-`train` extra).
+and, at most, the rate of arithmetic; its upper edge is for what only reads, the dashed one for what also writes. All
+three are measured in the process of the run, with its threads. Circles are candidates, crosses their baselines, whose
+useless operations on pruned weights count for them. Needs matplotlib (the `train` extra).
 """
 
 import argparse
@@ -26,9 +26,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Roof:
-    """The most that this machine does in a second: bytes moved, operations of float32 computed."""
+    """The most that this machine does in a second: bytes read, bytes read and written, float32 operations computed."""
 
-    bytes: float
+    reads: float
+    moves: float
     operations: float
 
 
@@ -43,17 +44,20 @@ def add_option(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def measure_roof(elements: int = 25_000_000, size: int = 1536) -> Roof:
-    """The best of seven: moving by copy, scale and add, reading by sum and dot, computing by a dense product."""
+    """The best of seven: reading by sum and dot, moving by copy, scale and add, computing by a dense product."""
     source = torch.ones(elements)
     target, square = source.clone(), torch.rand(size, size)
-    moves: dict[Callable[[], Any], float] = {
-        lambda: target.copy_(source): 8.0 * elements,
-        lambda: target.mul_(1.0): 8.0 * elements,
-        lambda: target.add_(source, alpha=0.0): 12.0 * elements,
-        source.sum: 4.0 * elements,
-        lambda: source.dot(target): 8.0 * elements,
-    }
-    return Roof(max(_rate(run, amount) for run, amount in moves.items()), _rate(lambda: square @ square, 2.0 * size**3))
+    reads: list[tuple[Callable[[], Any], float]] = [
+        (source.sum, 4.0 * elements),
+        (lambda: source.dot(target), 8.0 * elements),
+    ]
+    moves: list[tuple[Callable[[], Any], float]] = [
+        (lambda: target.copy_(source), 8.0 * elements),
+        (lambda: target.mul_(1.0), 8.0 * elements),
+        (lambda: target.add_(source, alpha=0.0), 12.0 * elements),
+    ]
+    best = [max(_rate(run, amount) for run, amount in kind) for kind in (reads, moves)]
+    return Roof(*best, _rate(lambda: square @ square, 2.0 * size**3))
 
 
 def _rate(run: Callable[[], Any], amount: float) -> float:
@@ -90,13 +94,15 @@ def draw(path: Path, rows: list[Row], work: RowWork, title: str, roof: Roof | No
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
     places = [x for series in found.values() for x, _, _ in series]
-    left, right = min(places) / 3, max([*places, roof.operations / roof.bytes]) * 3
-    ridge = min(max(roof.operations / roof.bytes, left), right)
-    roofs = [left, ridge, right]
-    axes.plot(roofs, [min(roof.bytes * x, roof.operations) / 1e9 for x in roofs], color="black")
+    left, right = min(places) / 3, max([*places, roof.operations / roof.moves]) * 3
+    for rate, style, what in ((roof.reads, "-", "read"), (roof.moves, "--", "read and written")):
+        ridge = min(max(roof.operations / rate, left), right)
+        edge = [left, ridge, right]
+        label = f"{rate / 1e9:.0f} GB/s {what}"
+        axes.plot(edge, [min(rate * x, roof.operations) / 1e9 for x in edge], style, color="black", label=label)
     axes.annotate(
-        f"{roof.bytes / 1e9:.0f} GB/s, {roof.operations / 1e9:.0f} GFLOP/s", (ridge, roof.operations / 1e9),
-        xytext=(0, 4), textcoords="offset points", ha="right",
+        f"{roof.operations / 1e9:.0f} GFLOP/s", (right, roof.operations / 1e9), xytext=(-4, 4),
+        textcoords="offset points", ha="right",
     )  # fmt: skip
     for name, series in found.items():
         style = dict(marker="x", alpha=0.6) if name in baselines else dict(marker="o")

@@ -29,17 +29,19 @@ def test_points():
 def test_picture_shows_roof_and_labels(tmp_path, suffix):
     pytest.importorskip("matplotlib")
     path = tmp_path / f"roof.{suffix}"
-    roofline.draw(path, ROWS, work, "one step", Roof(bytes=2e10, operations=1e11))
+    roofline.draw(path, ROWS, work, "one step", Roof(reads=2e10, moves=1e10, operations=1e11))
     content = path.read_bytes()
     assert content.startswith(b"\x89PNG" if suffix == "png" else b"<?xml")
     if suffix == "svg":
         text = content.decode()  # matplotlib keeps the words beside their outlines
-        assert all(f"<!-- {word} -->" in text for word in ("90%", "95%", "torch", "one step", "20 GB/s, 100 GFLOP/s"))
+        assert all(
+            f"<!-- {word} -->" in text for word in ("90%", "95%", "torch", "one step", "20 GB/s read", "100 GFLOP/s")
+        )
 
 
 def test_roof_is_measured():
     roof = roofline.measure_roof(elements=1000, size=64)
-    assert 0 < roof.bytes < 1e13 and 0 < roof.operations < 1e14
+    assert 0 < roof.moves < 1e13 and 0 < roof.reads < 1e13 and 0 < roof.operations < 1e14
 
 
 @pytest.mark.parametrize("bench", [bench_masked_sgd, bench_masked_adamw, bench_topk_mask])
@@ -47,7 +49,7 @@ def test_benchmarks_draw(bench, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(harness, "SAMPLE_MS", 0.0)
     monkeypatch.setattr(harness, "ROUNDS", 2)
-    monkeypatch.setattr(roofline, "measure_roof", lambda: Roof(1e10, 1e11))
+    monkeypatch.setattr(roofline, "measure_roof", lambda: Roof(1e10, 1e10, 1e11))
     path = tmp_path / "roof.png"
     bench.main(["--smoke", "--threads", "1", "--plot", str(path)])
     assert path.stat().st_size > 10_000 and f"drawn in {path}" in capsys.readouterr().out
