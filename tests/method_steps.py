@@ -51,3 +51,16 @@ def assert_pruned_are_zero(model, optimizer, sparsifier):
         parameter, pruned = sparsifier.masks.parameter(name), ~sparsifier.masks.bool(name)
         assert not parameter[pruned].any()
         assert not any(m[pruned].any() for m in momenta(optimizer, parameter))
+
+
+def assert_compiles_once(setup, steps):
+    """A compiled model trains as the plain one, without a graph break, and is compiled only before the first step."""
+    model, optimizer, sparsifier = setup()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    iterate(compiled, optimizer, sparsifier, 0, 1)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        iterate(compiled, optimizer, sparsifier, 1, steps)
+    plain = setup()
+    iterate(*plain, 0, steps)
+    torch.testing.assert_close(model.state_dict(), plain[0].state_dict())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from acdc_run import SCHEDULE, setup, zeros
-from method_steps import OPTIMIZERS, batch, iterate, momenta, network
+from method_steps import OPTIMIZERS, assert_compiles_once, batch, iterate, momenta, network
 from torch import nn
 
 import sparsekern as sk
@@ -125,28 +125,25 @@ def test_moved_and_cast_after_attach(kind, at):
     assert run(lambda m: m.to(memory_format=torch.channels_last)) == run(lambda m: None)
 
 
-def test_published_momentum_decays_through_a_sparse_phase():
+@pytest.mark.parametrize("reset", ["pruned", "none"])
+def test_published_momentum_decays_through_a_sparse_phase(reset):
     model = network()
     optimizer = sk.MaskedSGD(model.parameters(), lr=0.05, momentum=0.9, momentum_policy="decay")
-    sparsifier = sk.ACDC(0.9, SCHEDULE).attach(model, optimizer, verbose=False)
+    sparsifier = sk.ACDC(0.9, SCHEDULE, reset=reset).attach(model, optimizer, verbose=False)
     iterate(model, optimizer, sparsifier, 0, 3)
     pruned = ~sparsifier.masks.bool("3.weight")
-    before = optimizer.state[model[3].weight]["momentum_buffer"][pruned].clone()
+    buffer = optimizer.state[model[3].weight]["momentum_buffer"]
+    before = buffer[pruned].clone()
     iterate(model, optimizer, sparsifier, 3, 4)
     assert before.all() and not model[3].weight[pruned].any()
-    torch.testing.assert_close(optimizer.state[model[3].weight]["momentum_buffer"][pruned], 0.9 * before)
+    torch.testing.assert_close(buffer[pruned], 0.9 * before)
+    iterate(model, optimizer, sparsifier, 4, 6)
+    assert sparsifier.phase == sk.Dense() and buffer[~pruned].any()
+    assert buffer[pruned].any() == (reset == "none")
 
 
 def test_compiled_model_neither_breaks_nor_recompiles():
-    model, optimizer, sparsifier = setup()
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    iterate(compiled, optimizer, sparsifier, 0, 1)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        iterate(compiled, optimizer, sparsifier, 1, 14)
-    plain = setup()
-    iterate(*plain, 0, 14)
-    torch.testing.assert_close(model.state_dict(), plain[0].state_dict())
+    assert_compiles_once(setup, 14)
 
 
 @pytest.mark.parametrize("pattern", ["4x1", "1x4"])

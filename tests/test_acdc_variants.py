@@ -6,6 +6,7 @@ from method_steps import OPTIMIZERS, iterate, network, resumed_from
 from test_acdc import SCHEDULE
 
 import sparsekern as sk
+from sparsekern.phases import PhaseSchedule, PhaseSpan
 
 
 def setup(kind="masked", sparsity=0.9, schedule=SCHEDULE, **kwargs):
@@ -67,6 +68,21 @@ def test_sample_is_redrawn_by_seed_and_phase_and_survives_a_resume():
     torch.testing.assert_close(again[0].state_dict(), whole[0].state_dict(), rtol=0, atol=0)
 
 
+def test_each_dense_phase_opens_another_sample():
+    kinds = [sk.Sparse(0.9), sk.Dense()] * 3
+    spans = [PhaseSpan(2 * i, 2 * i + 2, kind) for i, kind in enumerate([*kinds, sk.Sparse(0.9)])]
+    schedule = PhaseSchedule(tuple(spans))
+    parts, samples = setup(schedule=schedule, dense_sparsity=0.5), []
+    for i in range(12):
+        held = {n: parts[2].masks.bool(n) for n in parts[2].masks}
+        iterate(*parts, i, i + 1)
+        if i in (1, 5, 9):
+            samples.append(torch.cat([(parts[2].masks.bool(n) & ~held[n]).flatten() for n in held]))
+    for a, b in ((0, 1), (1, 2), (0, 2)):
+        # Independent samples of about 44% of the weights overlap by 0.44 / (2 - 0.44) = 0.28.
+        assert 0.2 < int((samples[a] & samples[b]).sum()) / int((samples[a] | samples[b]).sum()) < 0.45
+
+
 def test_layers_of_their_own_sparsity_are_outside_the_distribution():
     model, optimizer, sparsifier = setup(layer_sparsity={"first": 0.0, "last": 0.8})
     iterate(model, optimizer, sparsifier, 0, 3)
@@ -95,7 +111,26 @@ def test_bad_input_is_named():
         ({"layer_sparsity": {"first": 2}}, r"layer_sparsity\['first'\] must be"),
         ({"layer_sparsity": {"stem": 0.0}}, "layer_sparsity: 'stem' matches none"),
         ({"layer_sparsity": {"depthwise": 0.0}}, "layer_sparsity: 'depthwise' matches none"),
-        ({"pattern": "2:4"}, "pattern must be one of"),
+        ({"pattern": "2:4"}, "sparsity must be 0.5 or left out with pattern"),
+        ({"pattern": "1:10", "first_sparsity": 0.8}, "first_sparsity, dense_sparsity: must be left out"),
+        ({"pattern": "1:10", "dense_sparsity": 0.2}, "first_sparsity, dense_sparsity: must be left out"),
+        ({"pattern": "1:10", "distribution": "erk"}, "distribution must be one of"),
+        ({"pattern": "1:10", "layer_sparsity": {"first": 0.8}}, r"layer_sparsity\['first'\] must be 0 with pattern"),
+        ({"pattern": "4:1"}, "pattern must be n:m with 1 <= n <= m"),
     ]:
         with pytest.raises(ValueError, match=words):
             setup(**kwargs)
+
+
+def test_n_of_m_sparse_phases_with_a_dense_first_layer():
+    model, optimizer = network(), OPTIMIZERS["masked"]
+    optimizer = optimizer(model.parameters())
+    sparsifier = sk.ACDC(0.5, sk.acdc_schedule(2), pattern="2:4", layer_sparsity={"first": 0.0})
+    sparsifier.attach(model, optimizer, 8, verbose=False)
+    for i in range(16):
+        iterate(model, optimizer, sparsifier, i, i + 1)
+        assert sparsifier.masks.density("0.weight") == 1
+        for name in ("3.weight", "5.weight"):
+            mask = sparsifier.masks.bool(name)
+            live = mask.unflatten(1, (-1, 4)).sum(2)
+            assert bool((live == (2 if sparsifier.phase == sk.Sparse(0.5) else 4)).all())

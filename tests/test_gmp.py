@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from method_steps import OPTIMIZERS, assert_pruned_are_zero, iterate, network, resumed_from
+from method_steps import OPTIMIZERS, assert_pruned_are_zero, iterate, momenta, network, resumed_from
 
 import sparsekern as sk
 from sparsekern.methods.gmp import EXTENDED
@@ -58,6 +58,30 @@ def test_overlap_of_consecutive_masks_has_its_closed_form():
     earlier.load_state_dict(parts[2].masks.state_dict())
     iterate(*parts, 4, 6)
     assert parts[2].masks.overlap(earlier) == pytest.approx((1 - 0.7875) / (1 - 0.52031), abs=2e-3)
+
+
+def test_a_pruned_weight_never_returns_not_even_in_a_tie():
+    model, optimizer, sparsifier = parts = setup()
+    iterate(*parts, 0, 4)
+    before = {n: sparsifier.masks.bool(n) for n in sparsifier.masks}
+    with torch.no_grad():
+        for name in sparsifier.masks:
+            sparsifier.masks.parameter(name).zero_()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+        for m in momenta(optimizer, p):
+            m.zero_()
+    for _ in range(2):
+        optimizer.step()
+        sparsifier.step()
+    assert sparsifier.updates == 3 and all((sparsifier.masks.bool(n) <= before[n]).all() for n in before)
+
+
+def test_timeline_says_what_is_pruned_when(capsys):
+    model = network()
+    sk.GMP(0.9, SCHEDULE).attach(model, OPTIMIZERS["sgd"](model.parameters()))
+    line = "5 mask updates: every 2 steps from step 2 to 10 of 14; sparsity 0 to 0.9 by a cubic curve\n\nprunable"
+    assert capsys.readouterr().out.startswith(line)
 
 
 def test_initial_sparsity_holds_from_the_first_step():

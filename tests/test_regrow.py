@@ -1,13 +1,24 @@
 """RigL, SET, RigL-ITOP and GraNet: which weights an update drops and grows, counts, momentum, resume, overflow."""
 
 import copy
+import math
 
 import pytest
 import torch
-from method_steps import OPTIMIZERS, assert_pruned_are_zero, batch, iterate, momenta, network, resumed_from
+from method_steps import (
+    OPTIMIZERS,
+    assert_compiles_once,
+    assert_pruned_are_zero,
+    batch,
+    iterate,
+    momenta,
+    network,
+    resumed_from,
+)
 from torch import nn
 
 import sparsekern as sk
+from sparsekern.methods.regrow import _complement
 from sparsekern.updates import UpdateSchedule
 
 SCHEDULE = UpdateSchedule(start=3, stop=9, every=3, total_steps=12)
@@ -24,8 +35,8 @@ def live(sparsifier):
     return [sparsifier.allocation.live(sparsifier.masks, name) for name in sparsifier.masks]
 
 
-def one_layer(gradient, kind, weight=(0.9, -0.8, 0.1, 0, 0, 0), policy="mask"):
-    """One update of a single row whose first three weights are live."""
+def one_layer(gradient, kind, weight=(0.9, -0.8, 0.1, 0, 0, 0), policy="mask", live=(0, 1, 2)):
+    """One update of a single row with three live weights."""
     layer = nn.Linear(6, 1, bias=False)
     if kind == "masked":
         optimizer = sk.MaskedSGD(layer.parameters(), lr=0.1, momentum=0.9, momentum_policy=policy)
@@ -33,7 +44,7 @@ def one_layer(gradient, kind, weight=(0.9, -0.8, 0.1, 0, 0, 0), policy="mask"):
         optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
     sparsifier = sk.RigL(0.5, UpdateSchedule(1, 1, 1, 2), drop_fraction=0.34, last_fraction=0.34)
     sparsifier.attach(layer, optimizer, verbose=False)
-    sparsifier.masks.set("weight", torch.arange(6).reshape(1, 6) < 3)
+    sparsifier.masks.set("weight", torch.tensor([[i in live for i in range(6)]]))
     layer.weight.data = torch.tensor([weight])
     layer.weight.grad = torch.zeros(1, 6)
     optimizer.step()
@@ -62,9 +73,21 @@ def test_what_is_dropped_and_grown_again_keeps_value_and_momentum(kind):
     torch.testing.assert_close(momentum, torch.tensor([0.1, 0.2, 0.3, 0, 0, 0]), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["masked", "sgd"])
+def test_live_zeros_stay_before_pruned_ones(kind):
+    _, _, mask = one_layer([0.0, 0.0, 0.9, 0.5, 0.5, 0.5], kind, weight=[0.0] * 6, live=(3, 4, 5))
+    assert mask.tolist() == [False, False, True, True, True, False]
+
+
 def test_grown_weight_has_no_momentum_where_pruned_momentum_decays():
     _, momentum, mask = one_layer([0.0, 0.0, 0.0, 0.5, -0.7, 0.2], "masked", policy="decay")
     assert mask[4] and momentum[4] == 0
+
+
+@pytest.mark.parametrize("count", [0, 5, 8, 13])
+def test_complement_of_packed_bits_leaves_padding_zero(count):
+    mask = torch.arange(count) % 3 == 0
+    assert torch.equal(_complement(sk.ops.pack_mask(mask), count), sk.ops.pack_mask(~mask))
 
 
 def test_drop_fraction_follows_the_cosine():
@@ -74,10 +97,30 @@ def test_drop_fraction_follows_the_cosine():
     assert found == [0.3, 0.25607, 0.15, 0.04393, 0]
 
 
+@pytest.mark.parametrize("name", ["rigl", "itop", "granet"])
+def test_counts_are_rounded_as_published(name):
+    """google-research/rigl rounds down, the codes of ITOP and GraNet up."""
+    found = setup(name, schedule=UpdateSchedule(1, 11, 5, 12), distribution="uniform", drop_fraction=0.1,
+                  last_fraction=0.1, **({"initial": 0.8} if name == "granet" else {}))  # fmt: skip
+    before = {n: found[2].masks.bool(n) for n in found[2].masks}
+    for p in found[0].parameters():  # growth is told apart from what is dropped
+        p.grad = torch.ones_like(p)
+    for n, mask in before.items():
+        found[2].masks.parameter(n).grad.masked_fill_(mask, 0)
+    found[1].step()
+    if name == "rigl":
+        found[2].step()
+        found[1].step()
+    gone = [int((before[n] & ~found[2].masks.bool(n)).sum()) for n in before]
+    live = [int(mask.sum()) for mask in before.values()]
+    assert gone == [(math.floor if name == "rigl" else math.ceil)(0.1 * count) for count in live]
+    assert any(0.1 * count % 1 for count in live)
+
+
 @pytest.mark.parametrize("name", ["itop", "granet"])
 def test_published_intervals_and_those_of_short_runs(name):
     sparsifier = setup(name, schedule=sk.update_schedule(total_steps=1_000_000))[2]
-    assert sparsifier.schedule.every == 4000 and sparsifier.schedule.stop == 1_000_000
+    assert sparsifier.schedule.every == 4000 and sparsifier.schedule.steps()[-1] == 996_000
     assert sparsifier.fraction(0) == 0.5 and sparsifier.fraction(1_000_000) == pytest.approx(0.005)
     assert setup(name, schedule=sk.update_schedule(total_steps=500))[2].schedule.every == 20
     assert setup(name, schedule=sk.update_schedule(total_steps=500, every=100))[2].schedule.every == 100
@@ -173,6 +216,16 @@ def test_blocks_are_dropped_and_grown_whole(method, pattern):
             assert torch.equal(block.any(dim), block.all(dim))
 
 
+def test_compiled_model_neither_breaks_nor_recompiles():
+    assert_compiles_once(setup, 8)
+
+
+def test_timeline_says_what_an_update_does():
+    assert setup()[2].timeline().startswith("3 mask updates: every 3 steps from step 3 to 9 of 12, each instead of the")
+    assert "drops 0.3 of a layer's live weights at first, 0 at the end" in setup()[2].timeline()
+    assert setup("granet")[2].timeline().endswith("sparsity 0.5 to 0.8 until step 4")
+
+
 def test_random_masks_depend_on_the_seed_alone():
     hashes = [setup(seed=s)[2].masks.hash() for s in (0, 0, 1)]
     assert hashes[0] == hashes[1] != hashes[2]
@@ -206,6 +259,19 @@ def test_granet_prunes_by_its_curve_over_all_layers():
     total = 216 + 720 + 960
     assert found[2] == sk.keep_count(total, at[0]) and found[5] == found[8] == sk.keep_count(total, 0.9)
     assert setup("granet", initial=0.0)[2].masks.density() == 1.0
+
+
+def test_granet_prunes_among_live_weights_also_in_a_tie():
+    model, optimizer, sparsifier = setup("granet", drop_fraction=0.0, last_fraction=0.0)
+    before = {n: sparsifier.masks.bool(n) for n in sparsifier.masks}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+            p.grad = torch.zeros_like(p)
+    for _ in range(3):
+        optimizer.step()
+        sparsifier.step()
+    assert sparsifier.updates == 1 and all((sparsifier.masks.bool(n) <= before[n]).all() for n in before)
 
 
 @pytest.mark.parametrize("method", ["rigl", "itop", "granet"])

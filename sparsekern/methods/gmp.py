@@ -47,6 +47,9 @@ class GMP(IntervalSparsifier):
             raise ValueError(f"initial must be at most sparsity={sparsity}, got {initial}")
         self.initial = initial
 
+    def timeline(self) -> str:
+        return f"{super().timeline()}; sparsity {self.initial:.6g} to {self.sparsity:.6g} by a cubic curve"
+
     def at(self, step: int) -> float:
         """The sparsity once the updates due up to `step` are made; `initial` before the first, also if it is 0."""
         return self._curve(step, self.sparsity)

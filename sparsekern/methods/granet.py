@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,7 @@ class GraNet(Regrowing):
 
     DEFAULTS = (None, 1.0, 4000)
     FRACTIONS = (0.5, 0.005)
+    ROUND = math.ceil
 
     def __init__(self, sparsity: float, schedule: Any, *, initial: float = 0.5, prune_stop: float = 0.3, **kwargs: Any):
         super().__init__(sparsity, schedule, **kwargs)
@@ -34,6 +36,10 @@ class GraNet(Regrowing):
 
     def initial_sparsity(self) -> float:
         return self.initial
+
+    def timeline(self) -> str:
+        end = round(self.prune_stop * self.schedule.total_steps)
+        return f"{super().timeline()}; sparsity {self.initial:.6g} to {self.sparsity:.6g} until step {end}"
 
     def at(self, step: int) -> float:
         """The sparsity after an update at `step`; that of the last update is the target."""

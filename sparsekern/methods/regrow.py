@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,8 +12,8 @@ from torch import Tensor
 from sparsekern.distributions import check_sparsity
 from sparsekern.methods.allocation import Allocation
 from sparsekern.methods.interval import IntervalSparsifier
-from sparsekern.ops import pack_mask, topk_mask, unpack_mask
-from sparsekern.ops.masked_sgd import as_layout
+from sparsekern.ops import topk_mask, unpack_mask
+from sparsekern.ops.operands import as_layout
 from sparsekern.updates import UpdatePlan, UpdateSchedule, cosine
 
 
@@ -29,6 +31,8 @@ class Regrowing(IntervalSparsifier):
     AFTER_STEP = True
     """Whether an update follows the optimizer's step or replaces it."""
     FRACTIONS = (0.3, 0.0)
+    ROUND = math.floor
+    """How the number of weights to drop becomes whole; the published codes differ."""
 
     def __init__(
         self,
@@ -51,6 +55,18 @@ class Regrowing(IntervalSparsifier):
         check_sparsity(self.drop_fraction, "drop_fraction")
         check_sparsity(self.last_fraction, "last_fraction")
         self.seed = seed
+
+    def _resolve(self, steps_per_epoch: int | None) -> UpdateSchedule:
+        """Without an update at the end of the run: what it grows would stay zero, and what it drops was of use."""
+        schedule = super()._resolve(steps_per_epoch)
+        if schedule.start >= schedule.total_steps:
+            raise ValueError(f"schedule: its first update must come before the end of the run, got {schedule}")
+        return replace(schedule, stop=min(schedule.stop, schedule.total_steps - 1))
+
+    def timeline(self) -> str:
+        how = "after the step there" if self.AFTER_STEP else "instead of the step there"
+        share = f"drops {self.fraction(0):.6g} of a layer's live weights at first, {self.last_fraction:.6g} at the end"
+        return f"{super().timeline()}, each {how}; an update {share}"
 
     def initial_sparsity(self) -> float:
         """The sparsity of the random masks that training starts with."""
@@ -105,15 +121,25 @@ class Regrowing(IntervalSparsifier):
         weights = [self.masks.parameter(name).detach() for name in names]
         before = [self.masks.packed(name) for name in names]
         live = [self.allocation.live(self.masks, name) for name in names]
-        dropped = [int(fraction * count) for count in live]
+        dropped = [type(self).ROUND(fraction * count) for count in live]
         keep = [count - drop for count, drop in zip(live, dropped, strict=True)]
         kept = topk_mask(weights, keep, pattern=pattern, candidates=before)
-        free = [pack_mask(~unpack_mask(k, w)) for k, w in zip(kept, weights, strict=True)]
+        free = [_complement(k, w.numel()) for k, w in zip(kept, weights, strict=True)]
         grown = topk_mask([growth[name] for name in names], dropped, pattern=pattern, candidates=free)
         for name, old, k, g in zip(names, before, kept, grown, strict=True):
-            parameter = self.masks.parameter(name)
-            fresh = unpack_mask(g & ~old, parameter)
-            for values in (parameter, *self.momentum(parameter)):
-                values.masked_fill_(fresh, 0)
+            # Pruned weights are zero, and so is their momentum unless the optimizer lets it decay.
+            if getattr(self.optimizer, "momentum_policy", "mask") != "mask":
+                parameter = self.masks.parameter(name)
+                fresh = unpack_mask(g & ~old, parameter)
+                for buffer in self.momentum(parameter):
+                    buffer.masked_fill_(fresh, 0)
             self.masks.set_packed(name, k | g)
         self._hold_zero()
+
+
+def _complement(packed: Tensor, count: int) -> Tensor:
+    """The packed mask of what `packed` leaves out of `count` weights; padding bits stay zero."""
+    left = ~packed
+    if count % 8:
+        left[-1] &= (1 << count % 8) - 1
+    return left

@@ -83,7 +83,9 @@ class _Accelerated:
 
     def forward(self, input: Tensor) -> Tensor:
         # torch.compile sees the dense operator: a choice by measurement and a new mask would each recompile.
-        structure = None if torch.compiler.is_compiling() else getattr(self, _LAYER).structure_for(self, input)
+        # A meta input asks for shapes, and has nothing to measure.
+        dense = torch.compiler.is_compiling() or input.is_meta
+        structure = None if dense else getattr(self, _LAYER).structure_for(self, input)
         if structure is None:
             return super().forward(input)
         return run_sparse(self, structure, input, self.weight, self.bias)

@@ -123,8 +123,7 @@ _GEOMETRY = (1, 1, 0, 0, 1, 1)
 
 def _pixels(rows: Tensor) -> Tensor:
     """The rows as the pixels of one image one pixel high, channels last; of the gradient nobody needs, itself."""
-    flat = rows.reshape(-1, rows.shape[-1])
-    return flat.t()[None, :, None] if rows.numel() else rows
+    return rows.reshape(-1, rows.shape[-1]).t()[None, :, None] if rows.numel() else rows
 
 
 def _sparse(
