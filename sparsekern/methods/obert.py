@@ -121,7 +121,7 @@ class OBERT(GMP):
         budget = self.allocation.budget(self.at(step), lambda own: self._curve(step, own))
         self.allocation.select(self.masks, budget, scores, nested=True)
         for name, weight in weights.items():
-            if name in self.fishers:
+            if name in self.fishers and weight.requires_grad:  # frozen meanwhile: pruned, but not moved
                 gone = before[name] & ~self.masks.bool(name)
                 weight.add_(self.fishers[name].compensation(weight, gone).to(weight.dtype))
         self.fishers = {}
