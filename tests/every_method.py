@@ -17,9 +17,11 @@ PHASES = {"schedule": sk.acdc_schedule(STEPS, rule="sparseml", start=0, freq=2, 
 # Defaults are made for longer runs.
 OPTIONS = {
     **dict.fromkeys(["acdc", "powerpropagation"], PHASES),
-    **dict.fromkeys(["gmp", "extended-gmp", "rigl", "set", "rigl-itop", "st3", "st3-sigma", "movement"], UPDATES),
+    **dict.fromkeys(["gmp", "extended-gmp", "rigl", "set", "rigl-itop", "st3", "st3-sigma"], UPDATES),
     **dict.fromkeys(["granet", "obert"], {**UPDATES, "initial": 0.3}),
     "soft-movement": {**UPDATES, "threshold": 0.5, "penalty": 1.0, "lr_ratio": 1.0},
+    "movement": {**UPDATES, "momentum": 0.5},
+    "topkast": {"every": 2},
     "str": {"start": -3.0, "decay": 0.05},
     "step": {"switch": 3},
 }

@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from every_method import CONSTANT, STEPS, check_sparse, every_method, kinds, masks_of, setup
+from every_method import CONSTANT, STEPS, check_sparse, kinds, masks_of, setup
 from method_helpers import check_equal
 from method_steps import batch, iterate
 from torch import nn
@@ -77,19 +77,19 @@ def test_loss_scale_leaves_no_trace(name, kind):
     check_equal(masks_of(parts[2]), masks_of(plain[2]))
 
 
-@every_method
-def test_resume_with_a_change_waiting(name):
+@kinds("masked", "sgd")
+def test_resume_with_a_change_waiting(name, kind):
     """Steps 1 and 2 overflow; the run is cut after the first of them, before and after `sparsifier.step()`."""
 
     def run(cut):
-        parts, scaler = setup(name), torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=100)
+        parts, scaler = setup(name, kind), torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=100)
         for i in range(5):
             scaled(parts, i, scaler, i in (1, 2), finish=False)
             if (i, cut) == (1, "before"):
-                parts = resumed(name, parts)
+                parts = resumed(name, kind, parts)
             parts[2].step()
             if (i, cut) == (1, "after"):
-                parts = resumed(name, parts)
+                parts = resumed(name, kind, parts)
         return [part.state_dict() for part in parts]
 
     want = run(None)
@@ -97,7 +97,7 @@ def test_resume_with_a_change_waiting(name):
         check_equal(run(cut), want)
 
 
-def resumed(name, parts, kind=None):
+def resumed(name, kind, parts):
     return loaded(setup(name, kind), copy.deepcopy([part.state_dict() for part in parts]))
 
 
