@@ -8,6 +8,7 @@ from every_method import CONSTANT, OPTIONS, STEPS, check_sparse, every_method, k
 from method_helpers import check_equal
 from method_steps import assert_compiles_once, batch, iterate, network
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsekern as sk
 from sparsekern.methods.effective import EffectiveSparsifier
@@ -141,6 +142,39 @@ def test_parameters_added_after_attach_train_densely(name):
 @every_method
 def test_compiled_model_neither_breaks_nor_recompiles(name):
     assert_compiles_once(lambda: setup(name), STEPS)
+
+
+class _Operations(TorchDispatchMode):
+    """The operators that torch runs, by name."""
+
+    def __enter__(self):
+        self.names = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def operations(name, step):
+    parts = model, optimizer, sparsifier = setup(name)
+    iterate(*parts, 0, step)
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(model(batch(step)[0]), batch(step)[1]).backward()
+    with _Operations() as found:
+        optimizer.step()
+        sparsifier.step()
+    return found.names
+
+
+@every_method
+def test_a_step_without_an_update_does_nothing_that_could_be_avoided(name):
+    """Methods that hold zeros add no operator at all to MaskedSGD's, and none of the others reads the device."""
+    held = not isinstance(setup(name)[2], EffectiveSparsifier)
+    if held or name == "powerpropagation":
+        assert operations(name, STEPS) == operations("dense", STEPS)
+    elif name not in ("powerpropagation-topkast", "sr-ste", "step"):  # of these masks change every step
+        assert "aten._local_scalar_dense.default" not in operations(name, 6)
 
 
 @every_method
