@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from method_helpers import check_resume, check_zero, setup
+from method_helpers import check_zero, setup
 from method_steps import OPTIMIZERS, iterate, network
 from torch import nn
 from torch.nn.utils import prune
@@ -87,15 +87,6 @@ def test_one_shot_agrees_with_torch_prune():
     prune.global_unstructured(weights, prune.L1Unstructured, amount=0.8)
     for i in (0, 3, 5):
         assert torch.equal(model[i].weight, other[i].weight)
-
-
-@pytest.mark.parametrize(
-    "make",
-    [lambda: sk.OneShot(0.9), sk.DenseTraining, lambda: sk.LotteryTicket(0.9, initial=network().state_dict())],
-    ids=["one-shot", "dense", "lottery"],
-)
-def test_resume_at_any_step(make):
-    check_resume(make, 4)
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
