@@ -14,6 +14,8 @@ OPS: dict[str, Callable[..., Any]] = {}
 """Name of each operator -> its plain PyTorch reference."""
 NATIVE: dict[str, str] = {}
 """Name of each operator whose compiled kernel has a schema of its own -> name of that."""
+SERVED_ON_CUDA: dict[str, Callable[..., Any]] = {}
+"""Name of each operator that Python serves on CUDA by compiled functions -> how."""
 kernels_loaded = False
 cuda_obstacle = "SPARSEKERN_BACKEND=reference is set"
 """Why the CUDA kernels are not in use, '' if they are (which needs no GPU)."""
@@ -39,6 +41,13 @@ def define_cpu(name: str, native: Any, serve: Callable[..., Any]) -> None:
     """Serve operator ``name`` on CPU by the Python function ``serve``, which calls ``native`` where that was built."""
     _definitions.impl(name, serve, "CPU")
     NATIVE[name] = native.name().removeprefix("sparsekern::")
+
+
+def define_cuda(native: str, serve: dict[str, Callable[..., Any]]) -> Any:
+    """Define `sparsekern::native`, a compiled function; where it is built, ``serve`` has operators for CUDA by name."""
+    _definitions.define(native)
+    SERVED_ON_CUDA.update(serve)
+    return getattr(torch.ops.sparsekern, native[: native.index("(")]).default
 
 
 def has_kernel(name: str, key: str) -> bool:
@@ -119,4 +128,8 @@ def _load_cuda() -> str:
     if not found:
         why = build_info().get("decisions", {}).get("CUDA", "install CUDA's nvcc and reinstall")
         return f"sparsekern was installed without its CUDA kernels ({why})"
-    return _failure_to_load(found[0])
+    if failure := _failure_to_load(found[0]):
+        return failure
+    for name, serve in SERVED_ON_CUDA.items():
+        _definitions.impl(name, serve, "CUDA")
+    return ""

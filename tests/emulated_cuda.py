@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import emulator
 import torch
 
+from sparsekern import _library
+
 NAMESPACE = "sparsekern_emulated"
 
 
@@ -38,8 +40,8 @@ def installed(order: int = 0) -> Iterator[None]:
     library = torch.library.Library("sparsekern", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the override, which is meant
-        for name, twin in _operators().items():
-            library.impl(name, twin, "CPU")
+        for name, serve in {**_operators(), **_library.SERVED_ON_CUDA}.items():
+            library.impl(name, serve, "CPU")
     ctypes.CDLL(str(emulator.build_operators())).set_schedule(order)
     try:
         yield
