@@ -41,8 +41,8 @@ def problem(shape, pattern, size, batch, sparsity=0.8):
 # Out, in, kernel, size, stride, padding, batch: a cropped layer of a ResNet of each kind, with three blocks of threads
 # and a tail along every dimension of the grid.
 CASES = [
-    (132, 36, 3, (9, 10), 1, 1, 9),
-    (132, 36, 3, (17, 19), 2, 1, 9),
+    (36, 36, 3, (9, 10), 1, 1, 9),
+    (36, 36, 3, (17, 19), 2, 1, 9),
     (132, 36, 1, (9, 10), 1, 0, 9),
     (132, 36, 1, (9, 10), 2, 0, 9),
 ]
@@ -67,6 +67,21 @@ def test_every_order_of_threads_gives_the_same_right_result(calls, case, pattern
         assert_close(found, wanted, terms)
     for again in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(again, results[0], strict=True))
+
+
+@pytest.mark.parametrize("pattern", ["4x1", "1x4", "unstructured"])
+def test_packed_values_take_the_place_of_the_weight(calls, pattern):
+    x, w, mask, s = problem((12, 16, 3, 3), pattern, (9, 8), 3)
+    with emulated_cuda.installed(1):
+        dense = gradients(lambda x, w: sk.ops.sparse_conv2d(x, w, s, None, 2, 1), x, w)
+        packed = gradients(lambda x, w: sk.ops.sparse_conv2d(x, s.pack(w), s, None, 2, 1), x, w)
+        with pytest.raises(ValueError, match="packed values: expected"):
+            structure, shape = list(s.tensors), list(s.shape)
+            torch.ops.sparsekern.sparse_conv2d(
+                x, s.pack(w)[1:], structure, s.layout, None, [2, 2], [1, 1], [1, 1], 1, shape
+            )
+    assert len(calls) == 6 and all(torch.equal(a, b) for a, b in zip(dense, packed, strict=True))
+    assert not dense[1][~mask].any()
 
 
 @pytest.mark.parametrize("rows", [1, 3, 130])

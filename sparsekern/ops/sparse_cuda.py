@@ -52,9 +52,17 @@ def _tell(operator: str, reason: str) -> None:
 
 def _weight(weight: Tensor, shape: Sequence[int] | None = None) -> tuple[list[int], list[int]]:
     """Shape (4-d) and strides, which are 0 for packed values."""
-    sizes = list(weight.shape if shape is None else shape)
+    sizes = list(weight.shape if weight.dim() > 1 or shape is None else shape)
     strides = list(weight.stride()) if weight.dim() > 1 else [0] * len(sizes)
     return sizes + [1] * (4 - len(sizes)), strides + [0] * (4 - len(strides))
+
+
+def _check(weight: Tensor, structure: Sequence[Tensor], layout: str, shape: Sequence[int], groups: int = 1) -> None:
+    """Raise unless the kernels can take the structure without reading it."""
+    check_form(structure, layout, shape, groups)
+    kept = structure[1].numel() * (1 if layout == "unstructured" else 4)
+    if weight.dim() == 1 and weight.numel() != kept:
+        raise ValueError(f"weight has {weight.numel()} packed values: expected {kept}, as structure keeps")
 
 
 def _into(result: Tensor, fill: Any) -> bool:
@@ -97,7 +105,7 @@ def conv2d(
     reason = dense_reason(groups, input, weight, bias, result)
     if not reason:
         sizes, strides = _weight(weight, *shape)
-        check_form(structure, layout, sizes, groups)
+        _check(weight, structure, layout, sizes, groups)
         geometry = [*stride, *padding, *dilation]
         added, source = None if bias is None else bias.contiguous(), input.contiguous(memory_format=_LAST)
         if _into(result, lambda to: product(
@@ -118,7 +126,7 @@ def conv2d_backward(
     reason = dense_reason(groups, grad, input, weight)
     if not reason:
         sizes, strides = _weight(weight, *shape)
-        check_form(structure, layout, sizes, groups)
+        _check(weight, structure, layout, sizes, groups)
         results = conv2d_backward_fake(grad, input, weight, structure, layout, *rest)
         if needs[2]:
             results[2].copy_(grad.sum((0, 2, 3)))
@@ -167,7 +175,7 @@ def linear_forward(
         _tell("sparse_linear", reason)
         return linear_reference(input, weight, structure, layout, bias, *shape)
     sizes, strides = _weight(weight, *shape)
-    check_form(structure, layout, sizes[:2])
+    _check(weight, structure, layout, sizes[:2])
     added = None if bias is None else bias.contiguous()
     operands = _rows(result), _rows(input.contiguous()), weight, list(structure), layout, added
     assert product(*operands, sizes, strides, _POINTWISE)  # one tap always fits
@@ -184,7 +192,7 @@ def linear_backward(
         _tell("sparse_linear_backward", reason)
         return linear_backward_reference(grad, input, weight, structure, layout, needs, *shape)
     sizes, strides = _weight(weight, *shape)
-    check_form(structure, layout, sizes[:2])
+    _check(weight, structure, layout, sizes[:2])
     results = linear_backward_fake(grad, input, weight, structure, layout, needs, *shape)
     if needs[2]:
         results[2].copy_(grad.reshape(-1, grad.shape[-1]).sum(0))
