@@ -2,11 +2,14 @@
 
 import copy
 import pickle
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import sparsekern as sk
+from benchmarks import machine
 
 
 def pruned_weight():
@@ -92,3 +95,17 @@ def test_copies_keep_masks(way):
         o.step()
     torch.testing.assert_close(clone, w, rtol=0, atol=0)
     assert not clone[~keep].any()
+
+
+@pytest.mark.skipif(bool(sk.degradation) or not sys.platform.startswith("linux"), reason="needs the library and Linux")
+def test_new_state_lies_in_huge_pages_where_there_are_any():
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[never]" in setting.read_text():
+        pytest.skip("this system has no transparent huge pages")
+    torch.use_deterministic_algorithms(False)  # which would fill the memory before it is advised
+    w = torch.zeros(8 << 20).requires_grad_()  # 32 MiB
+    w.grad = torch.zeros_like(w)
+    optimizer = sk.MaskedSGD([w], momentum=0.9)
+    before = machine.huge_pages_mib()
+    optimizer.step()
+    assert machine.huge_pages_mib() - before >= 16 and not optimizer.state[w]["momentum_buffer"].any()
