@@ -3,8 +3,8 @@
     python -m benchmarks.bench_masked_adamw [--quick] [--threads N] [--json FILE] [--plot FILE] [--record]
 
 `MaskedAdamW.step()` with weight decay. Contenders, check and floor: `benchmarks.optimizer_step`. The check allows for
-the last elements of a tensor, which torch rounds in another way. 28 bytes per weight: read w, g and both moments, write
-w and both moments. Needs about 5 GB of memory.
+the rounding of torch's square roots. 28 bytes per weight: read w, g and both moments, write w and both moments. Needs
+about 5 GB of memory.
 """
 
 import torch

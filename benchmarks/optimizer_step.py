@@ -1,11 +1,13 @@
 """What the benchmarks of the masked optimizer steps share: contenders, checks and rows over ResNet-50's parameters.
 
-161 tensors, 25.6M weights; convolutions and the classifier are masked, normalisation and biases are dense. Candidate:
-`step()` of the masked optimizer, Python included. Baselines: torch's optimizer `fused` and without a mask, fused and
-then a multiplication of every weight by its mask, torch's default and its `foreach` variant. Every contender owns its
-tensors, so none finds them in cache; all of them lie in huge pages where the system gives them.
+161 tensors, 25.6M weights; convolutions and the classifier are masked, normalisation and biases are dense. With layout
+"packed" the parameters hold only the kept values, as `SparseStructure.pack` leaves them, and the pattern means nothing.
+Candidate: `step()` of the masked optimizer, Python included. Baselines: torch's optimizer `fused` and without a mask,
+fused and then a multiplication of every weight by its mask, torch's default and its `foreach` variant. Every contender
+owns its tensors, so none finds them in cache; all of them lie in huge pages where the system gives them.
 
-The result of two steps, the first and an ordinary one, must equal torch's fused optimizer on masked gradients.
+The result of two steps, the first and an ordinary one, must equal torch's default optimizer on masked gradients
+(fused, it rounds the last elements of a tensor in another way).
 
 Floor: the bytes of each float32 weight and its bit over the best rate at which this run copied, scaled or added arrays
 of that size. It holds for all cache lines; a sparse step may skip some and beat it.
@@ -25,7 +27,7 @@ from benchmarks import harness, roofline
 from benchmarks.networks import resnet50_parameters
 from benchmarks.roofline import Work
 
-QUICK = [("unstructured", "contiguous"), ("4x1", "contiguous"), ("1x4", "channels_last")]
+QUICK = [("unstructured", "contiguous"), ("4x1", "contiguous"), ("1x4", "channels_last"), ("unstructured", "packed")]
 FULL = [*QUICK, ("4x1", "channels_last"), ("1x4", "contiguous")]
 SPARSITIES, ALL_SPARSITIES = (0.9, 0.95, 0.98), (0.8, 0.9, 0.95, 0.98, 0.99)
 SMOKE_SHAPES = {"conv.weight": (16, 8, 3, 3), "bn.weight": (16,), "fc.weight": (10, 16)}
@@ -88,6 +90,18 @@ def parameters(shapes: list[tuple[int, ...]], layout: str) -> list[Tensor]:
     return result
 
 
+def candidate(
+    kind: Step, shapes: list[tuple[int, ...]], pattern: str, layout: str, sparsity: float
+) -> tuple[torch.optim.Optimizer, dict[Tensor, Tensor]]:
+    """A masked optimizer and its masks."""
+    if layout == "packed":
+        sizes = [(sk.keep_count(torch.Size(s).numel(), sparsity),) if len(s) > 1 else s for s in shapes]
+        return kind.masked(parameters(sizes, "contiguous"), **kind.hyper), {}
+    params = parameters(shapes, layout)
+    masks = {p: random_mask(tuple(p.shape), sparsity, pattern) for p in params if p.dim() > 1}
+    return kind.masked(params, **kind.hyper, masks=masks), masks
+
+
 def baselines(kind: Step, shapes: list[tuple[int, ...]]) -> dict[str, Callable[[], object]]:
     """Steps of torch's optimizers, and what moves bytes for the floor."""
     step = {
@@ -129,7 +143,7 @@ def check(kind: Step, optimizer: torch.optim.Optimizer, masks: dict[Tensor, Tens
         copy = torch.where(keep, p.detach(), 0).requires_grad_()
         copy.grad = torch.where(keep, p.grad, 0)
         expected.append(copy)
-    oracle = kind.torch(expected, **kind.hyper, fused=True)
+    oracle = kind.torch(expected, **kind.hyper, foreach=False)
     exact = kind.exact and torch.backends.cpu.get_cpu_capability() != "DEFAULT"
     tolerance = dict(rtol=0, atol=0) if exact else dict(rtol=1e-6, atol=1e-6)
     for _ in range(2):
@@ -161,11 +175,8 @@ def pattern_rows(kind: Step, pattern: str, layout: str, options: argparse.Namesp
     shapes = list((SMOKE_SHAPES if options.smoke else resnet50_parameters()).values())
     masked = sum(torch.Size(s).numel() for s in shapes if len(s) > 1)
     weights = sum(torch.Size(s).numel() for s in shapes)
-    made = {}
-    for sparsity in SPARSITIES if options.quick or options.smoke else ALL_SPARSITIES:
-        params = parameters(shapes, layout)
-        masks = {p: random_mask(tuple(p.shape), sparsity, pattern) for p in params if p.dim() > 1}
-        made[sparsity] = kind.masked(params, **kind.hyper, masks=masks), masks
+    sparsities = SPARSITIES if options.quick or options.smoke else ALL_SPARSITIES
+    made = {sparsity: candidate(kind, shapes, pattern, layout, sparsity) for sparsity in sparsities}
 
     def check_all():
         for optimizer, masks in made.values():
