@@ -11,7 +11,7 @@ from sparsekern.ops import sparse_kernels
 LAST = torch.channels_last
 CASES = [
     (16, 8, (1, 1), (9, 11), 1, 0, 3),  # in place, with a short last vector
-    (16, 8, (3, 3), (14, 14), 1, 1, 2),  # through scratch
+    (72, 8, (3, 3), (14, 14), 1, 1, 2),  # through scratch, in two turns
     (12, 16, (3, 3), (7, 7), 2, 1, 2),
     (32, 16, (1, 1), (64, 64), 1, 0, 17),  # past the caches
 ]
