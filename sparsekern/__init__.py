@@ -42,9 +42,9 @@ degradation = _library.load_kernels()
 __version__ = "0.1.0.dev0"
 __all__ = [
     "ACDC", "Dense", "DenseTraining", "FixedMask", "GMP", "GraNet", "LotteryTicket", "METHODS", "MaskSet",
-    "MaskedAdamW", "MaskedSGD", "Movement", "OBERT", "OneShot", "Powerpropagation", "RigL", "RigLITOP", "SET", "SRSTE",
-    "ST3", "STEP", "STR", "SoftMovement", "Sparse", "TopKAST", "__version__", "acdc_schedule", "build_method",
-    "constant_lr", "cosine_lr",
-    "degradation", "dry_run", "erk", "global_budget", "keep_count", "linear_lr", "nn", "ops", "planned_masks",
-    "reestimate_batch_norm", "sparsity_report", "uniform", "update_schedule",
+    "MaskedAdamW", "MaskedSGD", "Movement", "OBERT", "OneShot", "Powerpropagation", "RigL", "RigLITOP", "SET",
+    "SRSTE", "ST3", "STEP", "STR", "SoftMovement", "Sparse", "TopKAST", "__version__", "acdc_schedule",
+    "build_method", "constant_lr", "cosine_lr", "degradation", "dry_run", "erk", "global_budget", "keep_count",
+    "linear_lr", "nn", "ops", "planned_masks", "reestimate_batch_norm", "sparsity_report", "uniform",
+    "update_schedule",
 ]  # fmt: skip
