@@ -14,7 +14,7 @@ import sparsekern as sk
 from sparsekern.methods.effective import EffectiveSparsifier
 
 
-@kinds("masked", "sgd", "adamw")
+@kinds("masked", "sgd", "adamw", "masked-adamw")
 def test_pruned_is_zero_after_every_step_and_at_the_end(name, kind):
     parts = model, optimizer, sparsifier = setup(name, kind)
     seen = []
@@ -35,7 +35,7 @@ def test_pruned_is_zero_after_every_step_and_at_the_end(name, kind):
 
 
 def test_step_refuses_other_optimizers():
-    for kind in ("masked", "sgd"):
+    for kind in ("masked", "sgd", "masked-adamw"):
         with pytest.raises(TypeError, match="optimizer must be torch.optim.Adam or AdamW for STEP"):
             setup("step", kind)
 

@@ -80,11 +80,16 @@ def test_one_shot_keeps_the_largest_and_holds_them(kind, pattern):
     assert sparsifier.finalize() is model
 
 
-def test_one_shot_agrees_with_torch_prune():
-    model, _, _ = setup(lambda: sk.OneShot(0.8))
+@pytest.mark.parametrize("distribution", ["global", "uniform"])
+def test_one_shot_agrees_with_torch_prune(distribution):
+    model, _, _ = setup(lambda: sk.OneShot(0.8, distribution=distribution))
     other = network()
     weights = [(other[i], "weight") for i in (0, 3, 5)]
-    prune.global_unstructured(weights, prune.L1Unstructured, amount=0.8)
+    if distribution == "global":
+        prune.global_unstructured(weights, prune.L1Unstructured, amount=0.8)
+    else:
+        for module, name in weights:
+            prune.l1_unstructured(module, name, amount=0.8)
     for i in (0, 3, 5):
         assert torch.equal(model[i].weight, other[i].weight)
 

@@ -198,6 +198,21 @@ def test_random_masks_depend_on_the_seed_alone():
     assert a[2].masks.hash() == b[2].masks.hash()
 
 
+def test_set_grows_at_random_whatever_the_gradient():
+    grown = []
+    for seed in (1, 2):
+        model, optimizer, sparsifier = setup("set", schedule=UpdateSchedule(1, 11, 5, 12), drop_fraction=0.5)
+        before = {n: sparsifier.masks.bool(n) for n in sparsifier.masks}
+        torch.manual_seed(seed)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.param_groups[0]["lr"] = 0.0  # so that both drop the same
+        optimizer.step()
+        grown.append({n: sparsifier.masks.bool(n) & ~before[n] for n in before})
+        assert all(g.any() for g in grown[-1].values())
+    assert all(torch.equal(grown[0][n], grown[1][n]) for n in grown[0])
+
+
 def test_exploration_is_the_union_of_all_masks():
     parts = setup("itop")
     union = {n: parts[2].masks.bool(n) for n in parts[2].masks}
