@@ -1,6 +1,7 @@
 """Sparse convolutions of ResNet-50, forward and both gradients, against the best dense convolution.
 
     python -m benchmarks.bench_sparse_conv2d [--quick] [--threads N] [--batch N] [--passes P,P] [--compile]
+                                             [--minutes M] [--resume FILE]
 
 Candidate: `sk.ops.sparse_conv2d` in float32 with a structure of random groups and, column `layout`, an ordinary dense
 weight ("contiguous": what training does) or its kept values ("packed", forward only: what inference does); gradients
@@ -13,26 +14,29 @@ of weight must be exactly zero off the mask.
 
 `efficiency` = speedup x density. Case `resnet50/all` (without `--quick`) is the sum over the 52 convolutions behind the
 stem, layers of equal shape measured once; its pass "both" is the sum of the three passes with the dense weight. Its IQR
-is the sum of theirs. `--quick`: eight layers; gradients of as many as its time allows. Without it, MobileNetV1's
-pointwise layers run too.
+is the sum of theirs. `--quick`: eight layers and three sparsities; gradients of as many as its time allows. Without it,
+MobileNetV1's pointwise layers run too, in up to five minutes; `--minutes` stops it before, and with the same `--resume`
+FILE the next run goes on where this one stopped.
 """
 
 import argparse
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import sparsekern as sk
 from benchmarks import harness
-from benchmarks.bench_masked_sgd import random_mask
 from benchmarks.networks import Conv, mobilenet_v1_pointwise, resnet50_convs
+from benchmarks.optimizer_step import random_mask
 
 PASSES = ("forward", "input_grad", "weight_grad")
 PATTERNS = ("unstructured", "4x1", "1x4")
-SPARSITIES = (0.9, 0.95, 0.98)
+SPARSITIES = (0.8, 0.9, 0.95, 0.98, 0.99)
+QUICK_SPARSITIES = (0.9, 0.95, 0.98)
 QUICK = ("layer1.0.conv2", "layer1.0.conv3", "layer2.0.downsample.0", "layer2.1.conv2", "layer3.1.conv1",
          "layer3.1.conv2", "layer4.1.conv1", "layer4.1.conv2")  # fmt: skip
 SMOKE = [Conv("resnet50/layer0.conv", 8, 16, 3, 2, 9)]
@@ -119,10 +123,10 @@ def candidate(layer: Layer, pass_: str, pattern: str, sparsity: float, layout: s
     return mask, contender(sparse(layer, structure), layer, pass_)
 
 
-def layer_rows(layer: Layer, pass_: str, role: str, compiled: bool) -> Iterator[dict]:
+def layer_rows(layer: Layer, pass_: str, role: str, compiled: bool, sparsities: Sequence[float]) -> Iterator[dict]:
     """All patterns and sparsities of one pass of one layer, in one interleaved run."""
     layouts = ("contiguous", "packed") if pass_ == "forward" else ("contiguous",)
-    made = {key: candidate(layer, pass_, *key) for key in itertools.product(PATTERNS, SPARSITIES, layouts)}
+    made = {key: candidate(layer, pass_, *key) for key in itertools.product(PATTERNS, sparsities, layouts)}
     candidates = {key: run for key, (_, run) in made.items()}
 
     def check_all():
@@ -160,7 +164,7 @@ def total(rows: list[dict], counts: dict[str, int], pass_: str) -> dict:
 def totals(rows: list[dict], counts: dict[str, int], passes: list[str]) -> Iterator[dict]:
     """The sums over ResNet-50 for each pattern and sparsity: each pass and layout, then all three passes."""
     for pattern in PATTERNS:
-        for sparsity in SPARSITIES:
+        for sparsity in sorted({r["sparsity"] for r in rows}):
             chosen = [r for r in rows if (r["pattern"], r["sparsity"]) == (pattern, sparsity) and r["case"] in counts]
             for pass_ in passes:
                 for layout in dict.fromkeys(r["layout"] for r in chosen if r["pass"] == pass_):
@@ -185,24 +189,33 @@ def collect(options: argparse.Namespace) -> Iterator[dict]:
         convs = [c for c in followers if distinct[c.shape_key] is c]
         counts = {c.name: sum(c.shape_key == other.shape_key for other in followers) for c in convs}
         convs = [*convs, *mobilenet_v1_pointwise()]
-    rows = []
+    rows, progress = [], harness.Progress(options.resume, options.where)
+    sparsities = QUICK_SPARSITIES if options.quick or options.smoke else SPARSITIES
     jobs = [(pass_, conv) for pass_ in passes for conv in convs]
     for i, (pass_, conv) in enumerate(jobs):
         if harness.left_out(options, ", ".join(f"{c.name} {p}" for p, c in jobs[i:])):
             break
         # What a goal speaks of: forward at any batch, gradients at batch 16, ResNet-50 only.
         goal = conv.name.startswith("resnet50/") and (pass_ == "forward" or options.batch == 16)
-        for row in layer_rows(Layer.make(conv, options.batch), pass_, "goal" if goal else "info", options.compile):
+        role = "goal" if goal else "info"
+
+        def measured(conv: Conv = conv, pass_: str = pass_, role: str = role) -> Iterator[dict]:
+            return layer_rows(Layer.make(conv, options.batch), pass_, role, options.compile, sparsities)
+
+        for row in progress.rows(f"{conv.name} {pass_}", measured):
             rows.append(row)
             yield row
-    if counts:
-        yield from totals(rows, counts, passes)
+    else:
+        if counts:
+            yield from totals(rows, counts, passes)
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
     parser = harness.parser(__doc__)
     parser.add_argument("--batch", type=int, default=1, help="images (default: %(default)s)")
     parser.add_argument("--passes", default=",".join(PASSES), help="some of %(default)s")
+    parser.add_argument("--minutes", type=float, help="start nothing new after this time")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="keep what is done in FILE, and go on from it")
     parser.add_argument("--compile", action="store_true", help="torch.compile among the baselines; slow to start")
     return harness.run("sparse_conv2d", collect, parser.parse_args(argv))
 

@@ -184,18 +184,46 @@ def parser(doc: str) -> argparse.ArgumentParser:
 
 
 def left_out(options: argparse.Namespace, what: str) -> bool:
-    """True, said aloud, if `--quick` has no time left for `what`."""
-    if not options.quick or time.monotonic() - options.started < QUICK_S:
+    """True, said aloud, if `--quick`, or `--minutes` where a benchmark has it, leaves no time for `what`."""
+    minutes = getattr(options, "minutes", None)
+    limit = min(QUICK_S if options.quick else math.inf, math.inf if minutes is None else 60 * minutes)
+    if time.monotonic() - options.started < limit:
         return False
-    print(f"left out of --quick, which has used its {QUICK_S:.0f} s: {what}", flush=True)
+    print(f"left out after {limit:.0f} s: {what}", flush=True)
     return True
+
+
+class Progress:
+    """Rows of finished parts in a file, so that a long run can be stopped and gone on with: `rows(part, measure)`.
+
+    A part is named by a string. A file of another commit or machine, or of other options, is refused.
+    """
+
+    def __init__(self, path: Path | None, where: dict[str, Any]):
+        self.path, self.parts = path, {}
+        self.where = {key: where[key] for key in ("commit", "cpu", "isa", "torch", "command")}
+        if path is not None and path.exists():
+            found = json.loads(path.read_text())
+            if found["where"] != self.where:
+                raise SystemExit(f"--resume {path}: it is of {found['where']}, this run is {self.where}")
+            self.parts = found["parts"]
+
+    def rows(self, part: str, measure: Callable[[], Iterator[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+        if part not in self.parts:
+            self.parts[part] = list(measure())
+            if self.path is not None:
+                partial = self.path.with_suffix(".partial")
+                partial.write_text(json.dumps({"where": self.where, "parts": self.parts}) + "\n")
+                partial.replace(self.path)
+        yield from self.parts[part]
 
 
 def command(bench: str, options: argparse.Namespace) -> str:
     """What to type for the same rows again."""
     chosen = vars(options).items()
     flags = [f"--{k.replace('_', '-')}" for k, v in chosen if v is True and k != "record"]
-    given = [(k, v) for k, v in chosen if v is not None and not isinstance(v, bool) and k != "json"]
+    left = ("json", "plot", "resume", "minutes", "started", "where")
+    given = [(k, v) for k, v in chosen if v is not None and not isinstance(v, bool) and k not in left]
     values = [f"--{k.replace('_', '-')} {v}" for k, v in given]
     return " ".join([f"python -m benchmarks.bench_{bench}", *flags, *values])
 
@@ -219,7 +247,7 @@ def run(
     torch.set_num_threads(options.threads)
     machine.keep_freed_memory()
     torch.manual_seed(0)
-    rows, options.started = [], time.monotonic()
+    rows, options.started, options.where = [], time.monotonic(), where
     try:
         threads = f"{where['cores']} cores, {options.threads} threads"
         print(f"{bench}: {where['cpu']}, {threads}, kernels {where['isa']}, torch {where['torch']}, {where['commit']}")

@@ -64,6 +64,14 @@ def build_info() -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def zeros_like(tensor: torch.Tensor) -> torch.Tensor:
+    """As torch.zeros_like, for what lives long: on a CPU the system is asked for huge pages."""
+    found = torch.empty_like(tensor)
+    if kernels_loaded and found.device.type == "cpu":
+        torch.ops.sparsekern.advise_huge_pages(found)  # before the memory is written for the first time
+    return found.zero_()
+
+
 def backend_setting() -> str:
     """SPARSEKERN_BACKEND: "auto", the default, or "reference", which leaves the compiled kernels alone."""
     setting = os.environ.get("SPARSEKERN_BACKEND", "auto")
@@ -77,9 +85,10 @@ def load_kernels() -> str:
 
     A failure to load never stops the import. An unknown SPARSEKERN_BACKEND or SPARSEKERN_CPU_ISA does.
     """
-    # The two operators that have no tensor argument, hence no reference.
+    # The operators that compute nothing, hence have no reference.
     _definitions.define("cpu_isa() -> str")
     _definitions.define("set_cpu_isa(str cap) -> ()")
+    _definitions.define("advise_huge_pages(Tensor memory) -> ()")
     if backend_setting() == "reference":
         return "SPARSEKERN_BACKEND=reference is set; unset it to use the compiled kernels"
     reason = _load()

@@ -165,6 +165,48 @@ def test_measured_choice_touches_nothing(monkeypatch, answer):
     assert x.grad is None and model[0].weight.grad is None and torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize(("sparse", "dense", "ran"), [
+    (1e-3, 2e-3, "sparse unstructured, 1 ms against 2 ms dense"),
+    (2e-3, 1e-3, "dense: is faster, 2 ms against 1 ms dense"),
+])  # fmt: skip
+def test_report_shows_the_speeds_that_decided(monkeypatch, sparse, dense, ran):
+    monkeypatch.setattr(sk.nn.acceleration, "measured_speeds", lambda *_: sk.nn.Speeds(sparse, dense))
+    model = nn.Sequential(nn.Conv2d(4, 8, 3))
+    sk.nn.accelerate(model, masked(model))
+    model(torch.randn(2, 4, 8, 8))
+    assert sk.nn.acceleration_report(model).layers == (("0", ran),)
+
+
+@pytest.mark.parametrize("pattern", ["4x1", "unstructured"])
+def test_losses_of_fifty_steps_agree_with_plain_training(pattern):
+    """A sparse phase with momentum: the same data, once on the sparse kernels and once on torch's convolutions."""
+    torch.manual_seed(1)
+    x = torch.randn(32, 4, 8, 8)
+    y = x.mean((2, 3)).argmax(1)
+
+    def losses(accelerated):
+        model = network()
+        masks = masked(model, pattern, 0.6)
+        optimizer = sk.MaskedSGD(model.parameters(), lr=0.03, momentum=0.9, weight_decay=1e-4, masks=masks)
+        if accelerated:
+            sk.nn.accelerate(model, masks, choose=always)
+        found = []
+        for step in range(50):
+            batch = torch.arange(step * 16, step * 16 + 16) % 32
+            loss = nn.functional.cross_entropy(model(x[batch]), y[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        if accelerated:
+            assert sk.nn.acceleration_report(model).share == 1.0
+        return torch.tensor(found)
+
+    plain, fast = losses(False), losses(True)
+    assert plain[-4:].mean() < 0.8 * plain[:4].mean(), "it must learn something, or agreement means little"
+    torch.testing.assert_close(fast, plain, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 def test_autocast_mixed_types_and_padding_modes_run_dense():
     model = nn.Sequential(

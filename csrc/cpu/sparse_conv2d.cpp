@@ -119,14 +119,31 @@ bool sparse_plan_cpu(Tensor plan, std::string pass, Tensor input, Tensor result,
   return plan_rows(form, grid, Plan(grid, input.size(1), w.tall, strides_of(input)).width, to);
 }
 
+// A contiguous vector with an entry per output channel, or null.
+const float* per_output(const std::optional<Tensor>& t, const char* name, const SparseShape& w) {
+  if (!t) return nullptr;
+  check_float(*t, name, 1);
+  STD_TORCH_CHECK(t->is_contiguous() && t->numel() == w.outputs, "sparsekern: ", name, " must have ", w.outputs,
+                  " contiguous entries");
+  return t->const_data_ptr<float>();
+}
+
+const float* residual_of(const std::optional<Tensor>& t, const Tensor& result) {
+  if (!t) return nullptr;
+  check_float(*t, "residual", 4);
+  STD_TORCH_CHECK(t->sizes().equals(result.sizes()) && t->strides().equals(result.strides()),
+                  "sparsekern: residual must lie as result does");
+  return t->const_data_ptr<float>();
+}
+
 bool sparse_product_cpu(Tensor result, Tensor input, Tensor weight, Tensor plan, std::string layout,
-                        std::optional<Tensor> bias, Ints shape, Ints geometry, int64_t groups) {
+                        std::optional<Tensor> bias, std::optional<Tensor> scale, std::optional<Tensor> residual,
+                        double low, double high, Ints shape, Ints geometry, int64_t groups) {
   thread_local Buffer<float> buffer;
   const SparseShape w = sparse_shape(weight, shape, layout, groups);
   const Geometry g = geometry_of(input, result, shape, geometry, w);
-  if (bias) check_float(*bias, "bias", 1);
-  STD_TORCH_CHECK(!bias || (bias->is_contiguous() && bias->numel() == w.outputs), "sparsekern: bias must have ",
-                  w.outputs, " contiguous entries");
+  const SparseEpilogue epilogue{per_output(scale, "scale", w), static_cast<float>(low), static_cast<float>(high)};
+  const float *const added = per_output(bias, "bias", w), *const held = residual_of(residual, result);
   const Grid grid = g.grid();
   const Plan tiles(grid, input.size(1), w.tall, strides_of(input));
   PlannedRows rows;
@@ -134,9 +151,8 @@ bool sparse_product_cpu(Tensor result, Tensor input, Tensor weight, Tensor plan,
   const float* values = weight.const_data_ptr<float>();
   if (weight.dim() > 1) values = gather_values(rows, w, values, buffer);
   multiply(grid, tiles, {input.const_data_ptr<float>(), strides_of(input)}, input.size(1),
-           {rows.pointers, rows.activations, values, bias ? bias->const_data_ptr<float>() : nullptr, 0, w.tall, w.wide,
-            true},
-           rows.rows, {result.mutable_data_ptr<float>(), strides_of(result)});
+           {rows.pointers, rows.activations, values, added, 0, w.tall, w.wide, true, epilogue}, rows.rows,
+           {result.mutable_data_ptr<float>(), strides_of(result)}, held);
   return true;
 }
 

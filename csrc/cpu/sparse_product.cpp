@@ -45,8 +45,14 @@ bool channels_last(const Strides& s) { return s.channel == 1 && s.column != 1; }
 class Product {
  public:
   Product(const Grid& grid, const Tiling& tiling, const Image<const float>& input, const SparseRows& rows,
-          int64_t rows_count, int64_t channels, const Image<float>& output)
-      : grid_(grid), tiling_(tiling), input_(input), rows_(rows), channels_(channels), output_(output) {
+          int64_t rows_count, int64_t channels, const Image<float>& output, const float* residual)
+      : grid_(grid),
+        tiling_(tiling),
+        input_(input),
+        rows_(rows),
+        channels_(channels),
+        output_(output),
+        residual_{residual, output.strides} {
     const int64_t blocks = rows.pointers[rows_count] * rows.wide, images = grid.spans * grid.span_images;
     const Strides& s = output.strides;
     every_ = std::max<int64_t>(1, blocks / (2 * channels));
@@ -84,11 +90,12 @@ class Product {
       if (runs.empty()) continue;
       const bool direct = output_.strides.column == 1 && runs.size() == 1 && runs[0].count == count;
       if (direct) {
-        float* const out = output_.data + begin * rows_.tall * output_.strides.channel + runs[0].image;
+        const int64_t first = begin * rows_.tall * output_.strides.channel + runs[0].image;
         const bool stream = streams_ && runs[0].image % kLineFloats == 0 && count % kLineFloats == 0;
         const float* const data = packed + (at - from);
         kernels().sparse_rows(rows_, begin, end,
-                              {data, count, out, output_.strides.channel, stream, ahead(tile, at, data), every_});
+                              {data, count, output_.data + first, output_.strides.channel, stream,
+                               ahead(tile, at, data), every_, residual_.data ? residual_.data + first : nullptr});
       } else {
         through_scratch(runs, begin, end, packed + (at - from), count);
       }
@@ -106,11 +113,12 @@ class Product {
 
   void through_scratch(const std::vector<SparseRun>& runs, int64_t begin, int64_t end, const float* packed,
                        int64_t count) const {
-    thread_local Buffer<float> buffer;
+    thread_local Buffer<float> buffer, residual_buffer;
     thread_local std::vector<float*> pixels;
     const Strides& s = output_.strides;
     const int64_t width = tiling_.part, rows = kScratchRows / rows_.tall;
     float* const scratch = buffer.get(kScratchRows * width);
+    float* const residual = residual_.data ? residual_buffer.get(kScratchRows * width) : nullptr;
     if (channels_last(s)) {
       pixels.assign(width, nullptr);
       for (const SparseRun& run : runs) {
@@ -120,7 +128,10 @@ class Product {
     }
     for (int64_t row = begin; row < end; row += rows) {
       const int64_t last = std::min(row + rows, end), channels = (last - row) * rows_.tall;
-      kernels().sparse_rows(rows_, row, last, {packed, count, scratch, width, false, 0, 1});
+      if (residual) {
+        pack_runs({residual_.data + row * rows_.tall * s.channel, s}, 1, runs, channels, residual, width);
+      }
+      kernels().sparse_rows(rows_, row, last, {packed, count, scratch, width, false, 0, 1, residual});
       if (channels_last(s)) {
         kernels().sparse_unpack_last(scratch, width, pixels.data(), width, channels);
         for (float*& pixel : pixels) pixel += pixel ? channels : 0;
@@ -137,6 +148,7 @@ class Product {
   const SparseRows& rows_;
   const int64_t channels_;
   const Image<float>& output_;
+  const Image<const float> residual_;
   int64_t every_;
   bool fetches_, streams_;
 };
@@ -237,10 +249,10 @@ Plan::Plan(const Grid& grid, int64_t channels, int32_t tall, const Strides& inpu
            in_place(grid, input), input.channel) {}
 
 void multiply(const Grid& grid, const Plan& plan, const Image<const float>& input, int64_t channels, SparseRows s,
-              int64_t rows, const Image<float>& output) {
+              int64_t rows, const Image<float>& output, const float* residual) {
   s.channel = plan.width;
   s.padded = !plan.place;
-  const Product product(grid, plan.tiling, input, s, rows, channels, output);
+  const Product product(grid, plan.tiling, input, s, rows, channels, output, residual);
   const int64_t threads = torch::stable::get_num_threads(), tiles = plan.tiling.count;
   if (plan.place) {
     run_places(product, tiles, s, rows, threads);

@@ -46,9 +46,10 @@ void pack_runs(const Image<const float>& input, int64_t step, const std::vector<
 // The first block row of part i of n: parts have about equal work, a row counting as two blocks more than it has.
 int64_t part_begin(const int32_t* pointers, int64_t rows, int64_t i, int64_t n);
 
-// output = rows * input + bias at every output pixel of the grid; offsets are made for plan.width. Sums run in the
-// order of the blocks, so results depend neither on threads nor on tiles.
+// output = rows * input + bias at every output pixel of the grid, and the epilogue; offsets are made for plan.width.
+// `residual` has output's strides, or is null. Sums run in the order of the blocks, so results depend neither on
+// threads nor on tiles.
 void multiply(const Grid& grid, const Plan& plan, const Image<const float>& input, int64_t channels, SparseRows s,
-              int64_t rows, const Image<float>& output);
+              int64_t rows, const Image<float>& output, const float* residual = nullptr);
 
 }  // namespace sparsekern

@@ -1,6 +1,15 @@
 """Sparse phases on the sparse kernels: `accelerate` a model, `restore` it, `acceleration_report` what runs how."""
 
 from sparsekern.nn.acceleration import AccelerationReport, Choice, accelerate, acceleration_report, restore
-from sparsekern.nn.timing import measured_choice
+from sparsekern.nn.timing import Speeds, measured_choice, measured_speeds
 
-__all__ = ["AccelerationReport", "Choice", "accelerate", "acceleration_report", "measured_choice", "restore"]
+__all__ = [
+    "AccelerationReport",
+    "Choice",
+    "Speeds",
+    "accelerate",
+    "acceleration_report",
+    "measured_choice",
+    "measured_speeds",
+    "restore",
+]

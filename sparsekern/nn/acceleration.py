@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from sparsekern.masks import MaskSet
 from sparsekern.nn.layers import groups_of, run_sparse, structure_of, supported, why_dense
-from sparsekern.nn.timing import measured_choice
+from sparsekern.nn.timing import Speeds, measured_speeds
 from sparsekern.ops import SparseStructure
 
 if TYPE_CHECKING:
     from sparsekern.methods import Sparsifier
 
-Choice = Callable[[nn.Module, SparseStructure, Tensor], bool]
+Choice = Callable[[nn.Module, SparseStructure, Tensor], bool | Speeds]
 """(layer, structure of its mask, input) -> whether the sparse operator shall run it. Called once per layer, size of
 input and mask, so it may take as long as a few runs of the layer."""
 
@@ -40,7 +40,7 @@ class _Layer:
     version: int | None = None
     structure: SparseStructure | None = None
     decided_for: tuple[str, int] = ("", 0)
-    decisions: dict[tuple[Any, ...], bool] = field(default_factory=dict)
+    decisions: dict[tuple[Any, ...], bool | Speeds] = field(default_factory=dict)
     last: str = "dense: not run yet"
 
     def structure_for(self, module: nn.Module, input: Tensor) -> SparseStructure | None:
@@ -49,9 +49,11 @@ class _Layer:
         reason = "mask keeps every weight" if self.structure is None else why_dense(module, input)
         if reason is None and torch.is_grad_enabled() and module.weight.requires_grad and self.needs_dense_gradient():
             reason = "the method reads the gradient of pruned weights"
-        if reason is None and not self._decide(module, input):
-            reason = "is faster"
-        self.last = f"dense: {reason}" if reason else f"sparse {self.structure.layout}"
+        decision = self._decide(module, input) if reason is None else False
+        speeds = f", {decision}" if isinstance(decision, Speeds) else ""
+        if reason is None and not decision:
+            reason = f"is faster{speeds}"
+        self.last = f"dense: {reason}" if reason else f"sparse {self.structure.layout}{speeds}"
         return None if reason else self.structure
 
     def _follow_mask(self, module: nn.Module) -> None:
@@ -68,7 +70,7 @@ class _Layer:
                 self.decided_for = (layout, kept)
                 self.decisions.clear()
 
-    def _decide(self, module: nn.Module, input: Tensor) -> bool:
+    def _decide(self, module: nn.Module, input: Tensor) -> bool | Speeds:
         last = input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)
         grads = (input.requires_grad, module.weight.requires_grad) if torch.is_grad_enabled() else ()
         # Sizes within a factor of two share a decision, or a model with inputs of many lengths would never stop.
@@ -133,7 +135,7 @@ def accelerate(model: nn.Module, sparsifier_or_masks: Sparsifier | MaskSet, choo
     restore(model)
     needs_dense_gradient = getattr(sparsifier_or_masks, "needs_dense_gradient", lambda: False)
     for name, module, mask_name in chosen:
-        layer = _Layer(name, masks, mask_name, choose or measured_choice, type(module), needs_dense_gradient)
+        layer = _Layer(name, masks, mask_name, choose or measured_speeds, type(module), needs_dense_gradient)
         module.__class__ = _accelerated(type(module))
         setattr(module, _LAYER, layer)
     return model
@@ -150,7 +152,8 @@ def restore(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class AccelerationReport:
-    """What each accelerated layer did in its last forward pass: (name, "sparse 4x1" or "dense: why")."""
+    """What each accelerated layer did in its last forward pass: (name, "sparse 4x1" or "dense: why"), with the speeds
+    that decided it if they were measured."""
 
     layers: tuple[tuple[str, str], ...]
 

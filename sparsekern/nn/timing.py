@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,27 @@ from sparsekern.ops import SparseStructure
 _ROUNDS = 3
 
 
+@dataclass(frozen=True)
+class Speeds:
+    """Seconds of one pass of a layer, forward and the gradients that it needs; true if sparse is the faster."""
+
+    sparse: float
+    dense: float
+
+    def __bool__(self) -> bool:
+        return self.sparse < self.dense
+
+    def __str__(self) -> str:
+        return f"{self.sparse * 1e3:.3g} ms against {self.dense * 1e3:.3g} ms dense"
+
+
 def measured_choice(module: nn.Module, structure: SparseStructure, input: Tensor) -> bool:
-    """Whether the sparse operator runs this layer on this input faster, with the gradients that the call will need.
+    """Whether `measured_speeds` finds the sparse operator faster."""
+    return bool(measured_speeds(module, structure, input))
+
+
+def measured_speeds(module: nn.Module, structure: SparseStructure, input: Tensor) -> Speeds:
+    """How long the two operators take for this layer on this input, with the gradients that the call will need.
 
     Both are run interleaved on detached copies of nothing but references; the best of three rounds counts, since other
     load on the machine can only add time. Gradients and random numbers of the model are not touched.
@@ -38,7 +58,7 @@ def measured_choice(module: nn.Module, structure: SparseStructure, input: Tensor
     for _ in range(_ROUNDS):
         for run, found in times.items():
             found.append(_seconds(run, wanted))
-    return min(times[sparse]) < min(times[dense])
+    return Speeds(min(times[sparse]), min(times[dense]))
 
 
 def _seconds(run: Callable[[], Tensor], wanted: list[Tensor]) -> float:

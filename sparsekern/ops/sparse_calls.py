@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from sparsekern.ops import sparse_kernels
+from sparsekern.ops.epilogue import BOUNDS, Epilogue
 from sparsekern.ops.sparse_structure import SparseStructure, compiled_form
 
 
@@ -63,8 +64,22 @@ def _key(input: Tensor, weight: Tensor, given: tuple[Any, ...]) -> tuple[Any, ..
     return input.shape, input.stride(), weight.shape, weight.stride(), given
 
 
+def _after(epilogue: Epilogue, result: Tensor) -> tuple[Any, ...] | None:
+    """What the kernel takes of an epilogue, None if it does not."""
+    if epilogue.activation not in BOUNDS or not _unobserved(epilogue.scale, epilogue.residual):
+        return None
+    if not all(t is None or _compiled(t) for t in (epilogue.scale, epilogue.residual)):
+        return None
+    return epilogue.for_kernel(result)
+
+
 def repeat(
-    input: Tensor, weight: Tensor, structure: SparseStructure, bias: Tensor | None, given: tuple[Any, ...]
+    input: Tensor,
+    weight: Tensor,
+    structure: SparseStructure,
+    bias: Tensor | None,
+    given: tuple[Any, ...],
+    epilogue: Epilogue | None = None,
 ) -> Tensor | None:
     """The result, if an equal call is known; ``given`` is its geometry as the caller wrote it."""
     try:
@@ -81,7 +96,10 @@ def repeat(
         result = torch.empty(call.output, dtype=torch.float32, memory_format=torch.channels_last)
     else:
         result = input.new_empty(call.output)
-    done = sparse_kernels.product(result, input, weight, call.plan, structure.layout, bias, *call.rest)
+    after = sparse_kernels.PLAIN if epilogue is None else _after(epilogue, result)
+    if after is None:
+        return None
+    done = sparse_kernels.product(result, input, weight, call.plan, structure.layout, bias, *after, *call.rest)
     return result if done else None
 
 

@@ -21,12 +21,14 @@ This file is the specification of ``torch.ops.sparsekern.sparse_conv2d`` and of 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsekern import _library
 from sparsekern.ops import sparse_calls, sparse_kernels
+from sparsekern.ops.epilogue import Epilogue
 from sparsekern.ops.geometry import empty, output_size, pair, without_gaps
 from sparsekern.ops.sparse_structure import (
     SparseStructure,
@@ -237,12 +239,33 @@ def sparse_conv2d(
     padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
+    *,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
 ) -> Tensor:
-    """Convolution with the weights that ``structure`` keeps; see the head of this file for every rule."""
+    """Convolution with the weights that ``structure`` keeps; see the head of this file for every rule.
+
+    ``scale`` (out,), ``residual`` (of the result's shape) and ``activation`` ("relu" or "relu6") are done in the same
+    pass over the result where no gradient is asked for: ``activation(scale * convolution + bias + residual)``.
+    """
+    plain = scale is None and residual is None and activation is None
+    after = None if plain else Epilogue(scale, residual, activation)
     given = stride, padding, dilation, groups
-    if (known := sparse_calls.repeat(input, weight, structure, bias, given)) is not None:
+    if (known := sparse_calls.repeat(input, weight, structure, bias, given, after)) is not None:
         return known
     check_operands(input, weight, structure, bias, 4)
+    if after is None:
+        return _checked(input, weight, structure, bias, given)
+    after.check(input, structure.shape[0])
+    return after.apply(_checked(input, weight, structure, bias if scale is None else None, given), bias)
+
+
+def _checked(
+    input: Tensor, weight: Tensor, structure: SparseStructure, bias: Tensor | None, given: tuple[Any, ...]
+) -> Tensor:
+    """Checks what is left to check, and calls the operator."""
+    stride, padding, dilation, groups = given
     if isinstance(groups, bool) or groups != structure.groups:
         raise ValueError(f"groups={groups!r}: expected {structure.groups}, the groups of structure")
     steps, pads, holes = pair("stride", stride, 1), pair("padding", padding, 0), pair("dilation", dilation, 1)

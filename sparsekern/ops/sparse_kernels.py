@@ -7,6 +7,7 @@ values. A plan is a copy: tensors changed in place get a new one, and none can l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,8 +25,10 @@ _make_plan = _library.define_native(
 )
 product = _library.define_native(
     "_sparse_product_cpu(Tensor(a!) result, Tensor input, Tensor weight, Tensor plan, str layout, Tensor? bias,"
-    " int[] shape, int[] geometry, int groups) -> bool"
+    " Tensor? scale, Tensor? residual, float low, float high, int[] shape, int[] geometry, int groups) -> bool"
 )
+PLAIN: tuple[Any, ...] = (None, None, -math.inf, math.inf)
+"""The epilogue that does nothing: no scale, no residual, no bounds."""
 weight_gradient = _library.define_native(
     "_sparse_weight_gradient_cpu(Tensor(a!) result, Tensor grad, Tensor input, Tensor plan, str layout, int[] shape,"
     " int[] geometry, int groups) -> bool"
@@ -128,7 +131,7 @@ def run_product(weight: Weight, input: Tensor, result: Tensor, bias: Tensor | No
     rest = weight.shape, geometry, weight.groups
     weight.run(
         "product", input, result, geometry,
-        lambda plan: product(result, input, weight.values, plan, weight.layout, added, *rest),
+        lambda plan: product(result, input, weight.values, plan, weight.layout, added, *PLAIN, *rest),
     )  # fmt: skip
 
 

@@ -66,6 +66,13 @@ struct SparseRun {
   int64_t image, packed, count;
 };
 
+// What becomes of a sum: times `scale` of its channel, plus the bias, plus the residual, each rounded, then cut to
+// [low, high]; NaN stays. Without a `scale` the sum starts at the bias.
+struct SparseEpilogue {
+  const float* scale = nullptr;
+  float low = -__builtin_inff(), high = __builtin_inff();
+};
+
 // The rows of a sparse weight, ready for one packed layout. A block is `tall` outputs by `wide` input channels, 4 x 1,
 // 1 x 4 or 1 x 1; its values are neighbours, its first activation is `offsets[k]` floats after the tile's first, and
 // its channels are `channel` floats apart. `bias` may be null. `padded`: the tile has whole vectors.
@@ -77,11 +84,13 @@ struct SparseRows {
   int64_t channel;
   int32_t tall, wide;
   bool padded;
+  SparseEpilogue epilogue = {};
 };
 
 // `count` pixels for a call of sparse_rows. Row `begin` goes to `out`, rows lie `width` floats apart; `stream`: past
 // the caches, to whole vectors on cache lines. The tile that comes next lies `ahead` floats on, 0 if none does or if it
-// need not be fetched; every `every`-th row fetches what it would read there.
+// need not be fetched; every `every`-th row fetches what it would read there. `residual` lies as `out` does, or is
+// null.
 struct SparseTile {
   const float* data;
   int64_t count;
@@ -89,6 +98,7 @@ struct SparseTile {
   int64_t width;
   bool stream;
   int64_t ahead, every;
+  const float* residual;
 };
 
 // Lanes of a vector, and how many vectors of pixels one call of sparse_rows takes for blocks that are tall, and not.

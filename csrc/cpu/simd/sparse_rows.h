@@ -40,21 +40,46 @@ inline void sparse_rows_block(const SparseRows& s, int64_t row, const float* til
   }
 }
 
+template <class V, int kTall, int kVectors>
+inline void sparse_rows_finish(const SparseRows& s, int64_t row, const SparseTile& tile, const float* residual,
+                               V (&sum)[kTall][kVectors]) {
+  const V low = V::splat(s.epilogue.low), high = V::splat(s.epilogue.high);
+#pragma GCC unroll 4
+  for (int t = 0; t < kTall; ++t) {
+    const V scale = V::splat(s.epilogue.scale ? s.epilogue.scale[row * kTall + t] : 1.0f);
+    const V bias = V::splat(s.bias ? s.bias[row * kTall + t] : 0.0f);
+#pragma GCC unroll 12
+    for (int i = 0; i < kVectors; ++i) {
+      const int64_t from = t * tile.width + i * V::kLanes, left = tile.count - i * V::kLanes;
+      if (s.epilogue.scale) sum[t][i] = s.bias ? sum[t][i] * scale + bias : sum[t][i] * scale;
+      if (residual) sum[t][i] = sum[t][i] + V::load(residual + from, left < V::kLanes ? left : V::kLanes);
+      sum[t][i] = smaller(high, larger(low, sum[t][i]));
+    }
+  }
+}
+
 template <class V, int kTall, int kWide, bool kPadded, int kVectors>
 inline void sparse_rows_tile(const SparseRows& s, int64_t begin, int64_t end, const SparseTile& tile) {
   const int64_t last = tile.count - (kVectors - 1) * V::kLanes;
+  const bool plain =
+      !s.epilogue.scale && !tile.residual && s.epilogue.low == -__builtin_inff() && s.epilogue.high == __builtin_inff();
+  const float* const bias = s.epilogue.scale ? nullptr : s.bias;
   for (int64_t row = begin; row < end; ++row) {
     float* const out = tile.out + (row - begin) * kTall * tile.width;
     V sum[kTall][kVectors];
 #pragma GCC unroll 4
     for (int t = 0; t < kTall; ++t) {
       if (!tile.stream) claim<kVectors * V::kLanes>(out + t * tile.width);
-      const V start = V::splat(s.bias ? s.bias[row * kTall + t] : 0.0f);
+      const V start = V::splat(bias ? bias[row * kTall + t] : 0.0f);
 #pragma GCC unroll 12
       for (int i = 0; i < kVectors; ++i) sum[t][i] = start;
     }
     const int64_t ahead = row % tile.every ? 0 : tile.ahead;
     sparse_rows_block<V, kTall, kWide, kPadded, kVectors>(s, row, tile.data, last, ahead, sum);
+    if (!plain) {
+      const float* const residual = tile.residual ? tile.residual + (row - begin) * kTall * tile.width : nullptr;
+      sparse_rows_finish<V, kTall, kVectors>(s, row, tile, residual, sum);
+    }
 #pragma GCC unroll 4
     for (int t = 0; t < kTall; ++t) {
       float* const y = out + t * tile.width;

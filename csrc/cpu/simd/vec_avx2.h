@@ -72,6 +72,9 @@ struct F32x8 {
 };
 inline F32x8 madd(F32x8 a, F32x8 b, F32x8 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline F32x8 operator+(F32x8 a, F32x8 b) { return {_mm256_add_ps(a.v, b.v)}; }
+// b where either is NaN.
+inline F32x8 larger(F32x8 a, F32x8 b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline F32x8 smaller(F32x8 a, F32x8 b) { return {_mm256_min_ps(a.v, b.v)}; }
 
 inline void transpose(F32x8 (&m)[8]) {
   __m256 a[8], b[8];

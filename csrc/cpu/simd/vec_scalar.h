@@ -125,6 +125,15 @@ template <class T>
 inline Lane<T> operator+(Lane<T> a, Lane<T> b) {
   return {a.value + b.value};
 }
+// b where either is NaN.
+template <class T>
+inline Lane<T> larger(Lane<T> a, Lane<T> b) {
+  return {a.value > b.value ? a.value : b.value};
+}
+template <class T>
+inline Lane<T> smaller(Lane<T> a, Lane<T> b) {
+  return {a.value < b.value ? a.value : b.value};
+}
 // Of a kLanes by kLanes matrix, in registers.
 template <class T>
 inline void transpose(Lane<T> (&)[1]) {}
