@@ -30,7 +30,7 @@ test: build lint  ## lint and the whole test suite
 
 # Only our own library is instrumented, so the runtimes must be there before Python is: preloaded, libstdc++ among them
 # because AddressSanitizer looks up __cxa_throw at the start. Leaks are not looked for: Python and torch keep memory until
-# the process ends. --capture=sys leaves reports on the terminal. The inputs of the *_long.py tests, 4 GB of unwritten
+# the process ends. Emulated kernels have a target of their own. --capture=sys leaves reports on the terminal. The inputs of the *_long.py tests, 4 GB of unwritten
 # memory, would be copied into memory that is written.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 OPERATOR_TESTS := $(addprefix $(CURDIR)/,$(filter-out %_long.py,$(wildcard tests/test_masked_*.py tests/test_packing.py \
@@ -43,7 +43,7 @@ test-sanitize: build  ## operator tests under AddressSanitizer and UndefinedBeha
 	    || { cat build/sanitize.log; exit 1; }
 	cd build/sanitize/lib* && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	    $(CURDIR)/$(BIN)/python -m pytest -q --capture=sys -p no:cacheprovider $(OPERATOR_TESTS)
+	    $(CURDIR)/$(BIN)/python -m pytest -q --capture=sys -p no:cacheprovider -k "not emulated" $(OPERATOR_TESTS)
 
 test-emulator-asan: .venv/installed  ## every CUDA kernel, emulated, under AddressSanitizer
 	cd tests && $(CURDIR)/$(BIN)/python -m emulator.sanitize address
