@@ -50,6 +50,7 @@ demo: build  ## AC/DC training to 95% sparsity on scikit-learn's digits
 
 bench: build  ## quick benchmarks, each within a minute on a quiet machine
 	$(BIN)/python -m benchmarks.bench_masked_sgd --quick
+	$(BIN)/python -m benchmarks.bench_masked_adamw --quick
 	$(BIN)/python -m benchmarks.bench_topk_mask --quick
 	$(BIN)/python -m benchmarks.bench_sparse_conv2d --quick
 

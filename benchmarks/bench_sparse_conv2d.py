@@ -30,8 +30,8 @@ from torch import Tensor
 
 import sparsekern as sk
 from benchmarks import harness
-from benchmarks.bench_masked_sgd import random_mask
 from benchmarks.networks import Conv, mobilenet_v1_pointwise, resnet50_convs
+from benchmarks.optimizer_step import random_mask
 
 PASSES = ("forward", "input_grad", "weight_grad")
 PATTERNS = ("unstructured", "4x1", "1x4")

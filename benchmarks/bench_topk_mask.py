@@ -1,6 +1,6 @@
 """Exact top-k masks over the convolutions and the classifier of ResNet-50, against selection by stock functions.
 
-    python -m benchmarks.bench_topk_mask [--quick] [--threads N] [--json FILE] [--record]
+    python -m benchmarks.bench_topk_mask [--quick] [--threads N] [--json FILE] [--plot FILE] [--record]
 
 Candidate: `sk.ops.topk_mask` over 54 tensors, 25.5M weights, from the list of weights to written mask bits. Case
 `resnet50/all` has one budget over the list, `resnet50/per-tensor` one for each tensor. Baselines are granted the
@@ -15,14 +15,16 @@ Floor: reading every score once, as fast as the best of sum, amax and dot reads 
 """
 
 import argparse
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 import sparsekern as sk
-from benchmarks import harness
+from benchmarks import harness, roofline
 from benchmarks.networks import resnet50_parameters
+from benchmarks.roofline import Work
 
 SMOKE_SHAPES = [(16, 3, 7, 7), (32, 16, 1, 1), (10, 32)]
 PARTITION, WHOLE = "np.partition", "np.partition to masks"
@@ -118,10 +120,11 @@ def collect(options: argparse.Namespace) -> Iterator[dict]:
     shapes = SMOKE_SHAPES if options.smoke else [s for s in resnet50_parameters().values() if len(s) > 1]
     tensors = weights(shapes)
     read = floors(torch.cat([t.flatten() for t in tensors]))
+    sparsities = (0.9, 0.95, 0.98) if options.quick or options.smoke else (0.8, 0.9, 0.95, 0.98, 0.99)
     for pattern in ("unstructured", "4x1", "1x4"):
         parts = [group_scores(t, pattern) for t in tensors]
         flat, sizes = torch.cat(parts), [part.numel() for part in parts]
-        for sparsity in (0.9, 0.95, 0.98):
+        for sparsity in sparsities:
             middle = sparsity == 0.95
             if options.quick and pattern != "unstructured" and not middle:
                 continue
@@ -145,8 +148,18 @@ def collect(options: argparse.Namespace) -> Iterator[dict]:
     )
 
 
+def work(row: dict, weights: int) -> tuple[Work, Work]:
+    """A comparison per weight, or per block score that a baseline is granted; the candidate writes a bit per weight."""
+    scores = weights // 4 if row["pattern"] in ("4x1", "1x4") else weights
+    return Work(weights, 4.125 * weights), Work(scores, 4 * scores)
+
+
 def main(argv: list[str] | None = None) -> list[dict]:
-    return harness.run("topk_mask", collect, harness.parser(__doc__).parse_args(argv))
+    options = roofline.add_option(harness.parser(__doc__)).parse_args(argv)
+    rows = harness.run("topk_mask", collect, options)
+    weights = sum(torch.Size(s).numel() for s in resnet50_parameters().values() if len(s) > 1)
+    roofline.save(options, rows, functools.partial(work, weights=weights), "top-k masks of ResNet-50")
+    return rows
 
 
 if __name__ == "__main__":

@@ -222,7 +222,7 @@ def command(bench: str, options: argparse.Namespace) -> str:
     """What to type for the same rows again."""
     chosen = vars(options).items()
     flags = [f"--{k.replace('_', '-')}" for k, v in chosen if v is True and k != "record"]
-    left = ("json", "resume", "minutes", "started", "where")
+    left = ("json", "plot", "resume", "minutes", "started", "where")
     given = [(k, v) for k, v in chosen if v is not None and not isinstance(v, bool) and k not in left]
     values = [f"--{k.replace('_', '-')} {v}" for k, v in given]
     return " ".join([f"python -m benchmarks.bench_{bench}", *flags, *values])

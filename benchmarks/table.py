@@ -18,6 +18,7 @@ NOTHING = (
 RUN = ("date", "commit", "command", "cpu")
 TITLES = {
     "masked_sgd": "One optimizer step of ResNet-50, all 25.6M parameters, momentum and weight decay",
+    "masked_adamw": "The same step with AdamW, weight decay and both moments",
     "topk_mask": "Exact top-k masks of ResNet-50's 25.5M prunable weights (x floor: reading them once)",
     "sparse_conv2d": "Convolutions of ResNet-50, float32, against torch's best dense one: median speedup (range)",
 }

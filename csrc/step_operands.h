@@ -5,11 +5,9 @@
 #include <optional>
 #include <vector>
 
-#include "cpu/simd/kernels.h"
+#include "dtype_of.h"
 
 namespace sparsekern {
-
-using torch::stable::Tensor;
 
 // Element i of one's memory is element i of the other's; strides of dimensions of size 1 say nothing.
 inline bool same_layout(const Tensor& a, const Tensor& b) {
@@ -31,22 +29,6 @@ inline bool is_dense(const Tensor& t) {
     if (sizes[d] != 1 && strides[d] != inside) return false;
   }
   return true;
-}
-
-// One of the number types of a parameter; `op` names the operator in errors, here and below.
-inline Dtype step_dtype(const char* op, const Tensor& t) {
-  switch (t.scalar_type()) {
-    case torch::headeronly::ScalarType::Float:
-      return Dtype::kFloat32;
-    case torch::headeronly::ScalarType::Double:
-      return Dtype::kFloat64;
-    case torch::headeronly::ScalarType::BFloat16:
-      return Dtype::kBFloat16;
-    case torch::headeronly::ScalarType::Half:
-      return Dtype::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, op, ": params must be float32, float64, bfloat16 or float16");
-  }
 }
 
 // `values[i]` is like params[i] in type, shape and layout.

@@ -14,6 +14,8 @@ OPS: dict[str, Callable[..., Any]] = {}
 """Name of each operator -> its plain PyTorch reference."""
 NATIVE: dict[str, str] = {}
 """Name of each operator whose compiled kernel has a schema of its own -> name of that."""
+SERVED_ON_CUDA: dict[str, Callable[..., Any]] = {}
+"""Name of each operator that Python serves on CUDA by compiled functions -> how."""
 kernels_loaded = False
 cuda_obstacle = "SPARSEKERN_BACKEND=reference is set"
 """Why the CUDA kernels are not in use, '' if they are (which needs no GPU)."""
@@ -41,6 +43,13 @@ def define_cpu(name: str, native: Any, serve: Callable[..., Any]) -> None:
     NATIVE[name] = native.name().removeprefix("sparsekern::")
 
 
+def define_cuda(native: str, serve: dict[str, Callable[..., Any]]) -> Any:
+    """Define `sparsekern::native`, a compiled function; where it is built, ``serve`` has operators for CUDA by name."""
+    _definitions.define(native)
+    SERVED_ON_CUDA.update(serve)
+    return getattr(torch.ops.sparsekern, native[: native.index("(")]).default
+
+
 def has_kernel(name: str, key: str) -> bool:
     """Whether operator `name` has a compiled kernel for dispatch key `key` ("CPU", "CUDA")."""
     if key == "CPU":
@@ -53,6 +62,14 @@ def build_info() -> dict[str, Any]:
     """What was decided when the package was built, and why; empty when nothing was."""
     path = Path(__file__).with_name("_build_info.json")
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+def zeros_like(tensor: torch.Tensor) -> torch.Tensor:
+    """As torch.zeros_like, for what lives long: on a CPU the system is asked for huge pages."""
+    found = torch.empty_like(tensor)
+    if kernels_loaded and found.device.type == "cpu":
+        torch.ops.sparsekern.advise_huge_pages(found)  # before the memory is written for the first time
+    return found.zero_()
 
 
 def backend_setting() -> str:
@@ -68,9 +85,10 @@ def load_kernels() -> str:
 
     A failure to load never stops the import. An unknown SPARSEKERN_BACKEND or SPARSEKERN_CPU_ISA does.
     """
-    # The two operators that have no tensor argument, hence no reference.
+    # The operators that compute nothing, hence have no reference.
     _definitions.define("cpu_isa() -> str")
     _definitions.define("set_cpu_isa(str cap) -> ()")
+    _definitions.define("advise_huge_pages(Tensor memory) -> ()")
     if backend_setting() == "reference":
         return "SPARSEKERN_BACKEND=reference is set; unset it to use the compiled kernels"
     reason = _load()
@@ -119,4 +137,8 @@ def _load_cuda() -> str:
     if not found:
         why = build_info().get("decisions", {}).get("CUDA", "install CUDA's nvcc and reinstall")
         return f"sparsekern was installed without its CUDA kernels ({why})"
-    return _failure_to_load(found[0])
+    if failure := _failure_to_load(found[0]):
+        return failure
+    for name, serve in SERVED_ON_CUDA.items():
+        _definitions.impl(name, serve, "CUDA")
+    return ""

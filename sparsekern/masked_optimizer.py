@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsekern._library import zeros_like
 from sparsekern.masks import MaskSet
 from sparsekern.ops.operands import as_layout, check_operands, is_dense, launch, launch_any_layout, same_layout
 
@@ -49,7 +50,7 @@ class Bucket:
             each = [state.get(name) for state in self.states]
             for i, buffer in enumerate(each):
                 if buffer is None:
-                    each[i] = self.states[i][name] = torch.zeros_like(self.params[i])
+                    each[i] = self.states[i][name] = zeros_like(self.params[i])
             found.append(each)
         return found
 

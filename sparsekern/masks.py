@@ -148,11 +148,26 @@ class MaskSet:
 
     def overlap(self, other: MaskSet) -> float:
         """Intersection over union of the live weights of two sets over the same parameters; 1.0 if both are empty."""
-        if set(self) != set(other):
-            raise ValueError(f"other must mask the same parameters; they differ in {sorted(set(self) ^ set(other))}")
+        self._check_same(other)
         both = sum(int((self.bool(n) & other.bool(n)).sum()) for n in self)
         either = sum(int((self.bool(n) | other.bool(n)).sum()) for n in self)
         return both / either if either else 1.0
+
+    def change(self, other: MaskSet) -> float:
+        """The share of weights whose mask bit differs, beyond what a different number of live weights explains.
+
+        Hamming distance minus the difference of the two counts, over the number of weights (IST-DASLab/ACDC); 0 where
+        one set of live weights holds the other.
+        """
+        self._check_same(other)
+        pairs = [(self.bool(n), other.bool(n)) for n in self]
+        differ = sum(int((a ^ b).sum()) for a, b in pairs)
+        more = sum(int(a.sum()) - int(b.sum()) for a, b in pairs)
+        return (differ - abs(more)) / max(1, sum(a.numel() for a, _ in pairs))
+
+    def _check_same(self, other: MaskSet) -> None:
+        if set(self) != set(other):
+            raise ValueError(f"other must mask the same parameters; they differ in {sorted(set(self) ^ set(other))}")
 
     def state_dict(self) -> dict[str, Any]:
         """Name -> {"shape", "bits"}: packed in row-major order, on the CPU, independent of memory formats."""

@@ -1,5 +1,5 @@
 """The `backend` and `native` fixtures: every operator test runs on the reference, on each instruction set here and on
-the CUDA kernels, emulated. What has no emulated kernel of the operators under test says so in its own fixture.
+the CUDA kernels, emulated, where they have one.
 
 Uninitialised memory is NaN (or the largest integer) in all tests, so that an element nobody wrote shows.
 """
@@ -37,13 +37,14 @@ EMULATED = pytest.param(
 )
 
 
-def _select(name: str, test: str):
+def _select(request):
+    name = request.param
     if name == "reference":
         yield name
         return
     if name == "emulated-cuda":
         # Every test has one of the three orders of threads, always the same.
-        with emulated_cuda.installed(zlib.crc32(test.encode()) % 3):
+        with emulated_cuda.installed(zlib.crc32(request.node.name.encode()) % 3):
             yield name
         return
     before = torch.ops.sparsekern.cpu_isa()
@@ -55,13 +56,13 @@ def _select(name: str, test: str):
 @pytest.fixture(params=["reference", *NATIVE, EMULATED])
 def backend(request):
     """Name of the backend under test; a compiled one is selected for the whole test."""
-    yield from _select(request.param, request.node.name)
+    yield from _select(request)
 
 
 @pytest.fixture(params=[*NATIVE, EMULATED])
 def native(request):
     """As `backend`, without the reference, for what is compared with it."""
-    yield from _select(request.param, request.node.name)
+    yield from _select(request)
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,9 @@ from collections.abc import Iterator
 import emulator
 import torch
 
+from sparsekern import _library
+from sparsekern.ops import sparse_calls
+
 NAMESPACE = "sparsekern_emulated"
 
 
@@ -38,10 +41,14 @@ def installed(order: int = 0) -> Iterator[None]:
     library = torch.library.Library("sparsekern", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the override, which is meant
-        for name, twin in _operators().items():
-            library.impl(name, twin, "CPU")
+        for name, serve in {**_operators(), **_library.SERVED_ON_CUDA}.items():
+            library.impl(name, serve, "CPU")
+    # Which would call the kernels of the CPU, past the dispatcher.
+    direct = sparse_calls.repeat, sparse_calls.remember
+    sparse_calls.repeat = sparse_calls.remember = lambda *arguments: None
     ctypes.CDLL(str(emulator.build_operators())).set_schedule(order)
     try:
         yield
     finally:
+        sparse_calls.repeat, sparse_calls.remember = direct
         library._destroy()

@@ -11,6 +11,7 @@ OPTIMIZERS = {
     "masked": lambda p: sk.MaskedSGD(p, lr=0.05, momentum=0.9, weight_decay=1e-2, nesterov=True),
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-2, nesterov=True),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
+    "masked-adamw": lambda p: sk.MaskedAdamW(p, lr=0.01),
 }
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from acdc_run import SCHEDULE, setup, zeros
-from method_steps import OPTIMIZERS, assert_compiles_once, batch, iterate, momenta, network
+from method_steps import OPTIMIZERS, batch, iterate, momenta, network
 from torch import nn
 
 import sparsekern as sk
@@ -108,23 +108,6 @@ def test_frozen_shared_and_late_parameters(kind):
     assert zeros(sparsifier) == sum(int((~sparsifier.masks.bool(n)).sum()) for n in sparsifier.masks)
 
 
-@pytest.mark.parametrize("kind", ["masked", "sgd"])
-@pytest.mark.parametrize("at", [1, 4])
-def test_moved_and_cast_after_attach(kind, at):
-    def run(change):
-        model, optimizer, sparsifier = setup(kind)
-        for i in range(7):
-            if i == at:
-                change(model)
-            iterate(model, optimizer, sparsifier, i, i + 1)
-            if isinstance(sparsifier.phase, sk.Sparse):
-                held = [(sparsifier.masks.parameter(n), ~sparsifier.masks.bool(n)) for n in sparsifier.masks]
-                assert not any(p[m].any() for p, m in held)
-        return sparsifier.masks.hash()
-
-    assert run(lambda m: m.to(memory_format=torch.channels_last)) == run(lambda m: None)
-
-
 @pytest.mark.parametrize("reset", ["pruned", "none"])
 def test_published_momentum_decays_through_a_sparse_phase(reset):
     model = network()
@@ -140,10 +123,6 @@ def test_published_momentum_decays_through_a_sparse_phase(reset):
     iterate(model, optimizer, sparsifier, 4, 6)
     assert sparsifier.phase == sk.Dense() and buffer[~pruned].any()
     assert buffer[pruned].any() == (reset == "none")
-
-
-def test_compiled_model_neither_breaks_nor_recompiles():
-    assert_compiles_once(setup, 14)
 
 
 @pytest.mark.parametrize("pattern", ["4x1", "1x4"])

@@ -10,16 +10,19 @@ import torch
 
 import sparsekern as sk
 from benchmarks import (
+    bench_masked_adamw,
     bench_masked_sgd,
     bench_sparse_conv2d,
     bench_topk_mask,
     bench_training,
     harness,
     networks,
+    optimizer_step,
     table,
 )
 
-BENCHES = {"masked_sgd": bench_masked_sgd, "topk_mask": bench_topk_mask, "sparse_conv2d": bench_sparse_conv2d}
+BENCHES = {"masked_sgd": bench_masked_sgd, "masked_adamw": bench_masked_adamw, "topk_mask": bench_topk_mask}
+BENCHES["sparse_conv2d"] = bench_sparse_conv2d
 NUMBERS = ("sparsity", "median_ms", "iqr_ms", "baseline_ms", "speedup", "floor_ms", "efficiency")
 COMPLETE = {
     "bench": "b", "case": "net/layer", "role": "goal", "backend": "native", "pass_": "step", "dtype": "float32",
@@ -81,7 +84,7 @@ right_step, right_topk, right_conv = sk.MaskedSGD.step, sk.ops.topk_mask, sk.ops
 
 
 def wrong_step(optimizer):
-    right_step(optimizer)
+    right_step(optimizer)  # of the base class, hence of both optimizers
     optimizer.param_groups[0]["params"][0].data.view(-1)[0] += 1e-3
 
 
@@ -101,6 +104,7 @@ wrong_mask.reference = right_topk.reference
 @pytest.mark.parametrize("bench", BENCHES)
 def test_a_wrong_result_is_never_timed(bench, monkeypatch):
     monkeypatch.setattr(sk.MaskedSGD, "step", wrong_step)
+    monkeypatch.setattr(sk.MaskedAdamW, "step", wrong_step)
     monkeypatch.setattr(sk.ops, "topk_mask", wrong_mask)
     monkeypatch.setattr(sk.ops, "sparse_conv2d", wrong_conv)
     monkeypatch.setattr(harness, "_sample", lambda run, calls: pytest.fail("timed a wrong result"))
@@ -217,7 +221,7 @@ def test_network_shapes():
 
 def test_random_mask_keeps_whole_blocks_exactly():
     for pattern in bench_sparse_conv2d.PATTERNS:
-        mask = bench_masked_sgd.random_mask((8, 12), 0.75, pattern)
+        mask = optimizer_step.random_mask((8, 12), 0.75, pattern)
         structure = sk.ops.sparse_structure(mask, pattern)  # raises if a block is kept in part
         assert structure.kept == int(mask.sum()) == 24
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from method_helpers import check_resume, check_zero, setup
+from method_helpers import check_zero, setup
 from method_steps import OPTIMIZERS, iterate, network
 from torch import nn
 from torch.nn.utils import prune
@@ -80,22 +80,18 @@ def test_one_shot_keeps_the_largest_and_holds_them(kind, pattern):
     assert sparsifier.finalize() is model
 
 
-def test_one_shot_agrees_with_torch_prune():
-    model, _, _ = setup(lambda: sk.OneShot(0.8))
+@pytest.mark.parametrize("distribution", ["global", "uniform"])
+def test_one_shot_agrees_with_torch_prune(distribution):
+    model, _, _ = setup(lambda: sk.OneShot(0.8, distribution=distribution))
     other = network()
     weights = [(other[i], "weight") for i in (0, 3, 5)]
-    prune.global_unstructured(weights, prune.L1Unstructured, amount=0.8)
+    if distribution == "global":
+        prune.global_unstructured(weights, prune.L1Unstructured, amount=0.8)
+    else:
+        for module, name in weights:
+            prune.l1_unstructured(module, name, amount=0.8)
     for i in (0, 3, 5):
         assert torch.equal(model[i].weight, other[i].weight)
-
-
-@pytest.mark.parametrize(
-    "make",
-    [lambda: sk.OneShot(0.9), sk.DenseTraining, lambda: sk.LotteryTicket(0.9, initial=network().state_dict())],
-    ids=["one-shot", "dense", "lottery"],
-)
-def test_resume_at_any_step(make):
-    check_resume(make, 4)
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)

@@ -56,6 +56,17 @@ def test_overlap():
         a.overlap(sk.MaskSet({}))
 
 
+def test_change_is_what_different_counts_do_not_explain():
+    a, b = (sk.MaskSet({"w": torch.zeros(8)}) for _ in range(2))
+    for live_of_a, live_of_b, change in [("11110000", "11110000", 0), ("11110000", "11001100", 4 / 8),
+                                         ("11110000", "11000000", 0), ("11110000", "11000001", 2 / 8)]:  # fmt: skip
+        for masks, live in ((a, live_of_a), (b, live_of_b)):
+            masks.set("w", torch.tensor([bit == "1" for bit in live]))
+        assert a.change(b) == b.change(a) == change
+    with pytest.raises(ValueError, match="must mask the same parameters"):
+        a.change(sk.MaskSet({}))
+
+
 def test_state_round_trip_and_bad_state_changes_nothing():
     _, masks, _ = make()
     state = copy.deepcopy(masks.state_dict())

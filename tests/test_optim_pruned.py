@@ -2,11 +2,14 @@
 
 import copy
 import pickle
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import sparsekern as sk
+from benchmarks import machine
 
 
 def pruned_weight():
@@ -92,3 +95,37 @@ def test_copies_keep_masks(way):
         o.step()
     torch.testing.assert_close(clone, w, rtol=0, atol=0)
     assert not clone[~keep].any()
+
+
+@pytest.mark.skipif(bool(sk.degradation) or not sys.platform.startswith("linux"), reason="needs the library and Linux")
+def test_new_state_lies_in_huge_pages_where_there_are_any():
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[never]" in setting.read_text():
+        pytest.skip("this system has no transparent huge pages")
+    torch.use_deterministic_algorithms(False)  # which would fill the memory before it is advised
+    w = torch.zeros(8 << 20).requires_grad_()  # 32 MiB
+    w.grad = torch.zeros_like(w)
+    optimizer = sk.MaskedSGD([w], momentum=0.9)
+    before = machine.huge_pages_mib()
+    optimizer.step()
+    assert machine.huge_pages_mib() - before >= 16 and not optimizer.state[w]["momentum_buffer"].any()
+
+
+@pytest.mark.parametrize("make", [sk.MaskedSGD, sk.MaskedAdamW])
+@pytest.mark.parametrize("pattern", ["unstructured", "4x1", "1x4"])
+def test_packed_values_train_as_the_dense_weight_does(make, pattern):
+    torch.manual_seed(0)
+    x, y, weight = torch.randn(40, 24), torch.randn(40, 32), torch.randn(32, 24)
+    keep = torch.rand(8 if pattern == "4x1" else 32, 6 if pattern == "1x4" else 24) < 0.2
+    keep = keep.repeat_interleave(32 // keep.shape[0], 0).repeat_interleave(24 // keep.shape[1], 1)
+    structure = sk.ops.sparse_structure(keep, pattern)
+    dense, packed = weight.clone().requires_grad_(), structure.pack(weight).clone().requires_grad_()
+    hyper = dict(lr=0.1, weight_decay=0.1, **({"momentum": 0.9} if make is sk.MaskedSGD else {}))
+    for w, masks in ((dense, {dense: keep}), (packed, None)):
+        optimizer = make([w], **hyper, masks=masks)
+        for _ in range(4):
+            optimizer.zero_grad()
+            (sk.ops.sparse_linear(x, w, structure) - y).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(packed, structure.pack(dense.detach()), rtol=0, atol=0)
+    assert not dense[~keep].any()

@@ -1,27 +1,15 @@
 """Methods by name: each builds, ends where it was asked to, and refuses patterns that make no sense for it."""
 
-import copy
-
 import pytest
 import torch
-from method_steps import OPTIMIZERS, iterate, network
+from every_method import ready
+from method_steps import iterate, network
 
 import sparsekern as sk
 
 EXAMPLES = ("unstructured", "4x1", "1x4", "block4", "2:4")
 # First and last layer by rules of their own; for n:m the short groups at the end of a row.
 SHIFTED = {"extended-gmp", "sr-ste", "step"}
-
-
-def ready(name, model):
-    """The optimizer, and what a method needs to find in a model or among its arguments."""
-    entry = sk.METHODS[name]
-    options = {"initial": copy.deepcopy(model.state_dict())} if name == "lottery-ticket" else {}
-    if entry.start == "sparse":
-        with torch.no_grad():
-            model[3].weight[0] = 0
-    optimizer = torch.optim.Adam if entry.optimizer == "adam" else OPTIMIZERS["masked"]
-    return optimizer(model.parameters()), options
 
 
 @pytest.mark.parametrize("name", sk.METHODS)

@@ -7,13 +7,11 @@ import pytest
 import torch
 from method_steps import (
     OPTIMIZERS,
-    assert_compiles_once,
     assert_pruned_are_zero,
     batch,
     iterate,
     momenta,
     network,
-    resumed_from,
 )
 from torch import nn
 
@@ -171,39 +169,6 @@ def test_rigl_overlap_has_its_closed_form():
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("stop", [1, 2, 3, 4, 5, 8])
-def test_resume_is_bit_identical(method, stop):
-    whole, first = setup(method), setup(method)
-    iterate(*whole, 0, 11)
-    iterate(*first, 0, stop)
-    again = resumed_from(first, setup(method))
-    iterate(*again, stop, 11)
-    torch.testing.assert_close(again[0].state_dict(), whole[0].state_dict(), rtol=0, atol=0)
-    assert again[2].masks.hash() == whole[2].masks.hash()
-    if method == "itop":
-        assert again[2].exploration() == whole[2].exploration()
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", ["masked", "sgd"])
-def test_update_due_on_a_skipped_step_waits(method, kind):
-    model, optimizer, sparsifier = setup(method, kind)
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=100)
-    due = 3 if method == "rigl" else 2
-    hashes = [sparsifier.masks.hash()]
-    for i in range(6):
-        x, y = batch(i)
-        optimizer.zero_grad()
-        bad = i in (due, due + 1)
-        scaler.scale(nn.functional.cross_entropy(model(x), y) * (float("inf") if bad else 1.0)).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        sparsifier.step()
-        hashes.append(sparsifier.masks.hash())
-    assert [a != b for a, b in zip(hashes, hashes[1:], strict=False)].index(True) == due + 2
-
-
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("pattern", ["4x1", "1x4", "block4"])
 def test_blocks_are_dropped_and_grown_whole(method, pattern):
     parts = setup(method, pattern=pattern, sparsity=0.5, **({"initial": 0.5} if method == "granet" else {}))
@@ -214,10 +179,6 @@ def test_blocks_are_dropped_and_grown_whole(method, pattern):
     for name in parts[2].masks:
         for block in parts[2].masks.bool(name).split(4, dim):
             assert torch.equal(block.any(dim), block.all(dim))
-
-
-def test_compiled_model_neither_breaks_nor_recompiles():
-    assert_compiles_once(setup, 8)
 
 
 def test_timeline_says_what_an_update_does():
@@ -235,6 +196,21 @@ def test_random_masks_depend_on_the_seed_alone():
         iterate(*parts, 0, 4)
         torch.rand(3)
     assert a[2].masks.hash() == b[2].masks.hash()
+
+
+def test_set_grows_at_random_whatever_the_gradient():
+    grown = []
+    for seed in (1, 2):
+        model, optimizer, sparsifier = setup("set", schedule=UpdateSchedule(1, 11, 5, 12), drop_fraction=0.5)
+        before = {n: sparsifier.masks.bool(n) for n in sparsifier.masks}
+        torch.manual_seed(seed)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.param_groups[0]["lr"] = 0.0  # so that both drop the same
+        optimizer.step()
+        grown.append({n: sparsifier.masks.bool(n) & ~before[n] for n in before})
+        assert all(g.any() for g in grown[-1].values())
+    assert all(torch.equal(grown[0][n], grown[1][n]) for n in grown[0])
 
 
 def test_exploration_is_the_union_of_all_masks():

@@ -57,6 +57,8 @@ def test_packed_values_are_in_the_order_of_the_structure():
 @pytest.mark.parametrize("last", [False, True])
 def test_packed_conv2d_equals_dense_conv2d(backend, pattern, geometry, last):
     groups = geometry[-1]
+    if backend == "emulated-cuda" and groups > 1:
+        pytest.skip("takes torch's dense path")
     w, s, _ = layer(pattern, (8, 8 // groups, 3, 3), groups)
     x, b = torch.randn(2, 8, 9, 7, requires_grad=True), torch.randn(8, requires_grad=True)
     form = LAST if last else torch.contiguous_format

@@ -25,7 +25,8 @@ def scores():
 
 
 def live(packed):
-    """Indices of the ones."""
+    """Indices of the ones, which are few."""
+    assert packed.count_nonzero() < 100
     return [
         8 * byte + bit for byte in packed.nonzero().flatten().tolist() for bit in range(8) if packed[byte] >> bit & 1
     ]

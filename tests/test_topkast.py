@@ -7,6 +7,9 @@ from method_steps import OPTIMIZERS, iterate, network
 
 import sparsekern as sk
 from sparsekern.methods.powerpropagation import change_power, power
+from sparsekern.phases import PhaseSchedule, PhaseSpan
+
+ONCE = PhaseSchedule((PhaseSpan(0, 4, sk.Sparse(0.5)),))
 
 
 def test_bad_input_is_named():
@@ -113,3 +116,17 @@ def test_powerpropagation_prunes_by_theta_and_holds_the_mask():
     groups = sum(-(-t.shape[1] // 4) * t.numel() // t.shape[1] for t in theta.values())
     live = sum(int(sparsifier.masks.bool(n)[:, ::4].sum()) for n in theta)
     assert live == sk.keep_count(groups, 0.8)
+
+
+@pytest.mark.parametrize("method", ["topkast", "powerpropagation"])
+def test_blocks_are_ranked_by_theta_not_by_phi(method):
+    """|theta| sums to 2.8 and 3, |phi| to 3.3 and 1.7."""
+    model = torch.nn.Linear(8, 1, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[0.7, -0.7, 0.7, 0.7, 3.0, 0, 0, 0]]))
+    if method == "topkast":
+        make = lambda: sk.TopKAST(0.5, 0.0, alpha=2.0, pattern="1x4")  # noqa: E731
+    else:
+        make = lambda: sk.Powerpropagation(2.0, ONCE, pattern="1x4")  # noqa: E731
+    _, _, sparsifier = setup(make, model=model)
+    assert sparsifier.masks.bool("weight").tolist() == [[False] * 4 + [True] * 4]

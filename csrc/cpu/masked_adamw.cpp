@@ -44,7 +44,7 @@ void masked_adamw_cpu(std::vector<Tensor> params, std::vector<Tensor> grads, std
                   exp_avg[i].mutable_data_ptr(),
                   exp_avg_sq[i].mutable_data_ptr(),
                   step_mask(kOp, p, masks[i], i),
-                  step_dtype(kOp, p),
+                  dtype_of(kOp, p),
                   !known_zero.empty() && known_zero[i] != 0,
                   -(lr / (1 - std::pow(beta1, step))),
                   std::pow(1 - std::pow(beta2, step), 0.5)};

@@ -42,7 +42,7 @@ void masked_sgd_cpu(std::vector<Tensor> params, std::vector<Tensor> grads, std::
                   grads[i].const_data_ptr(),
                   mu == 0 ? nullptr : momentum[i].mutable_data_ptr(),
                   step_mask(kOp, p, masks[i], i),
-                  step_dtype(kOp, p),
+                  dtype_of(kOp, p),
                   is_fresh[i] != 0,
                   !known_zero.empty() && known_zero[i] != 0};
   }

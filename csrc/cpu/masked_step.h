@@ -1,34 +1,21 @@
 // Host side of the masked optimizer steps on CPU: checks of their operands, and the whole list split over threads.
 #pragma once
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <atomic>
 #include <optional>
 #include <vector>
 
-#include "simd/kernels.h"
+#include "../step_operands.h"
 
 namespace sparsekern {
 
-using torch::stable::Tensor;
-
-// One of the number types of a parameter; `op` names the operator in errors, here and below.
-Dtype step_dtype(const char* op, const Tensor& t);
-
-// The number in grad_scale or found_inf.
+// The number in grad_scale or found_inf; `op` names the operator in errors, here and below.
 double step_scalar(const char* op, const Tensor& t);
 
 // params[i] is on the CPU and fills its memory.
 void check_step_param(const char* op, const std::vector<Tensor>& params, size_t i);
-
-// Like params[i] in type, shape and layout.
-void check_step_operand(const char* op, const char* name, const std::vector<Tensor>& params,
-                        const std::vector<Tensor>& values, size_t i);
-
-// The bits of one mask, null without one.
-const uint8_t* step_mask(const char* op, const Tensor& param, const std::optional<Tensor>& mask, size_t i);
 
 // Elements per task: 32 Ki, that is 640 KiB of float32 traffic, and a multiple of the 16 lanes that share mask bytes.
 constexpr int64_t kStepGrain = int64_t{1} << 15;

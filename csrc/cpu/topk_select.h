@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "../topk_operands.h"
 #include "simd/kernels.h"
 
 namespace sparsekern {
@@ -40,14 +41,6 @@ struct TopkSpan {
     torch::stable::parallel_for(0, tasks(), 1, [&](int64_t from, int64_t to) { each(from, to, body); });
   }
 };
-
-// Where the groups of one tensor lie: sizes and strides of the block tensor in logical order of its dims.
-struct TopkLayout {
-  std::vector<int64_t> sizes, strides;
-  bool row_major;
-};
-
-constexpr int64_t kTopkNan = 1, kTopkTooFew = 2;
 
 // `needed` of the `ties` groups at `key` are chosen, and all above.
 struct TopkThreshold {

@@ -19,7 +19,7 @@ struct StepLists {
     const Tensor& p = params[i];
     STD_TORCH_CHECK(on_device(p) && is_dense(p), op, ": params[", i, "] must fill its memory, on the device");
     check_step_operand(op, "grads", params, grads, i);
-    std::vector<StepTensor>& list = by_dtype[step_dtype(op, p)];
+    std::vector<StepTensor>& list = by_dtype[dtype_of(op, p)];
     list.push_back({});
     StepTensor& t = list.back();
     t.param = p.mutable_data_ptr();

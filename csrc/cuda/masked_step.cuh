@@ -5,11 +5,12 @@
 #pragma once
 #include "device.cuh"
 #include "kernels.h"
+#include "numbers.cuh"
 
 namespace sparsekern::cuda {
 namespace {
 
-constexpr int kStepThreads = 256, kStepVectors = 4, kStepTensors = 500;
+constexpr int kStepThreads = 256, kStepVectors = 2, kStepTensors = 500;
 
 template <class S>
 constexpr int kStepLanes = 16 / sizeof(S);
@@ -21,24 +22,6 @@ struct StepBatch {
   int32_t count;
 };
 static_assert(sizeof(StepBatch) <= 32000, "kernel parameters end at 32764 bytes");
-
-template <class S>
-struct ComputeOf {
-  using type = float;
-};
-template <>
-struct ComputeOf<double> {
-  using type = double;
-};
-
-__device__ __forceinline__ float widen(float x) { return x; }
-__device__ __forceinline__ double widen(double x) { return x; }
-__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
-__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ void narrow(float x, float& to) { to = x; }
-__device__ __forceinline__ void narrow(double x, double& to) { to = x; }
-__device__ __forceinline__ void narrow(float x, __half& to) { to = __float2half_rn(x); }
-__device__ __forceinline__ void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat16_rn(x); }
 
 __device__ __forceinline__ double read(const DeviceScalar& s) {
   return s.wide ? *static_cast<const double*>(s.at) : *static_cast<const float*>(s.at);
@@ -128,7 +111,7 @@ __device__ __forceinline__ const StepTensor& step_tensor(const StepBatch& batch)
 
 // `update.prepare(index)` reads what one tensor has of its own. kStored of kStates states are in memory.
 template <class S, int kStates, int kStored, class Update>
-__global__ void __launch_bounds__(kStepThreads)
+__global__ void __launch_bounds__(kStepThreads, kStates == 2 ? 2 : 3)
     step_kernel(const __grid_constant__ StepBatch batch, Update update, const DeviceScalar found_inf) {
   if (found_inf.at && read(found_inf) != 0) return;
   const StepTensor& t = step_tensor(batch);

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sparsekern.masks import MaskSet
+from sparsekern.masks import MaskSet, normalise
 from sparsekern.methods.selection import check_patterns, prunable_weights
 
 # First moments: what the papers call momentum. Second moments survive a reset.
@@ -258,6 +258,25 @@ class Sparsifier:
         install()
         self.position, self._stepped = position, stepped != "no"
         self._found_inf = torch.ones(()) if stepped == "skipped" else None
+
+    def effective(self, name: str, weight: Tensor) -> Tensor:
+        """The value that counts of `weight`, which is that of `name` or a copy of it: zero where pruned."""
+        return weight.masked_fill(~self.masks.bool(name).to(weight.device), 0)
+
+    @torch.no_grad()
+    def sparse_state_dict(self, model: nn.Module | None = None) -> dict[str, Any]:
+        """The state dict of the model, or of a copy of it such as an average of weights, with pruned weights zero.
+
+        Nothing is changed. An average over steps with other masks is nonzero at pruned places until it loads this.
+        """
+        self._check_attached()
+        parameters = self.model.named_parameters(remove_duplicate=False)
+        names = {normalise(key): self.masks.name_of(parameter) for key, parameter in parameters}
+        state = (self.model if model is None else model).state_dict()
+        for key, value in state.items():
+            if (name := names.get(normalise(key))) is not None:
+                state[key] = self.effective(name, value).detach().clone()
+        return state
 
     def finalize(self) -> nn.Module:
         """Detach from model and optimizer. The model is plain, with its zeros in place; returned for convenience."""

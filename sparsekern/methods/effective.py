@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekern.masks import normalise
 from sparsekern.methods.base import Sparsifier
 
 
@@ -139,21 +138,6 @@ class EffectiveSparsifier(Sparsifier):
         """`value` times the loss scale, if the optimizer is still to divide its gradients by it."""
         scale = getattr(self.optimizer, "grad_scale", None)
         return value if scale is None else value * scale.to(value.device, value.dtype)
-
-    @torch.no_grad()
-    def sparse_state_dict(self, model: nn.Module | None = None) -> dict[str, Any]:
-        """The state dict of the model, or of a copy of it, with effective weights; the store stays as it is."""
-        self._check_attached()
-        names = {
-            normalise(key): self.masks.name_of(parameter)
-            for key, parameter in self.model.named_parameters(remove_duplicate=False)
-        }
-        state = (self.model if model is None else model).state_dict()
-        for key, value in state.items():
-            name = names.get(normalise(key))
-            if name is not None:
-                state[key] = self.effective(name, value).detach().clone()
-        return state
 
     @torch.no_grad()
     def finalize(self) -> nn.Module:

@@ -38,6 +38,11 @@ class _Movement(Ramped, EffectiveSparsifier):
     def effective(self, name: str, weight: Tensor) -> Tensor:
         return self.masked(name, weight)
 
+    def _scores(self, name: str) -> Tensor:
+        """In the layout and on the device of the weight, which packed masks have."""
+        weight = self.masks.parameter(name)
+        return torch.empty_like(weight, dtype=torch.float32).copy_(self.learned.values[name].detach())
+
     def _score_penalty(self, name: str) -> Tensor | None:
         """What the penalty on scores adds to their gradient."""
         return None
@@ -115,11 +120,7 @@ class Movement(_Movement):
             keep = list(uniform(groups, sparsity).values())
         else:
             keep = keep_count(sum(groups.values()), sparsity)
-        # In the layout and on the device of the weights, which packed masks have.
-        scores = [
-            torch.empty_like(self.masks.parameter(n), dtype=torch.float32).copy_(self.learned.values[n].detach())
-            for n in self.masks
-        ]
+        scores = [self._scores(n) for n in self.masks]
         for name, packed in zip(
             self.masks, topk_mask(scores, keep, pattern=self.pattern, magnitude=False), strict=True
         ):
@@ -168,12 +169,14 @@ class SoftMovement(_Movement):
     @torch.no_grad()
     def _update(self) -> None:
         threshold = self.ramp(self.position, self.final_threshold)
-        for name in self.masks:
-            weight = self.masks.parameter(name)
-            scores = torch.empty_like(weight, dtype=torch.float32).copy_(self.learned.values[name].detach())
-            kept, least = scores.sigmoid() > threshold, keep_count(weight.numel(), 1 - self.floor)
-            if int(kept.sum()) < least:
-                self.masks.set_packed(name, topk_mask([scores], least, magnitude=False)[0])
-            else:
-                self.masks.set_packed(name, pack_mask(kept))
+        scores = {name: self._scores(name) for name in self.masks}
+        kept = {name: score.sigmoid() > threshold for name, score in scores.items()}
+        sums = [mask.sum() for mask in kept.values()]
+        counts = torch.stack([s.to(sums[0].device) for s in sums]).tolist()  # the device is waited for once
+        for (name, mask), count in zip(kept.items(), counts, strict=True):
+            least = keep_count(mask.numel(), 1 - self.floor)
+            few = count < least
+            self.masks.set_packed(
+                name, topk_mask([scores[name]], least, magnitude=False)[0] if few else pack_mask(mask)
+            )
         self._refresh_kept()

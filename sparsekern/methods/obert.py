@@ -110,7 +110,8 @@ class OBERT(GMP):
             if weight.grad is not None:
                 g = weight.grad if scale is None else weight.grad / scale.to(weight.device, weight.dtype)
                 good = g.isfinite().all() if found is None else g.isfinite().all() & (found.to(g.device) == 0)
-                self.fishers[name].add(torch.where(self.masks.bool(name) & good, g, 0))
+                pruned = self._pruned_of(name)
+                self.fishers[name].add(g.masked_fill(~good if pruned is None else pruned | ~good, 0))
         return False
 
     @torch.no_grad()
@@ -121,7 +122,7 @@ class OBERT(GMP):
         budget = self.allocation.budget(self.at(step), lambda own: self._curve(step, own))
         self.allocation.select(self.masks, budget, scores, nested=True)
         for name, weight in weights.items():
-            if name in self.fishers:
+            if name in self.fishers and weight.requires_grad:  # frozen meanwhile: pruned, but not moved
                 gone = before[name] & ~self.masks.bool(name)
                 weight.add_(self.fishers[name].compensation(weight, gone).to(weight.dtype))
         self.fishers = {}

@@ -67,7 +67,9 @@ class Method:
 
 def _updates(cls: type[Sparsifier], **fixed: Any) -> Callable[..., Sparsifier]:
     """A method of an `update_schedule`, with its own defaults for this length."""
-    return lambda sparsity, length, **rest: cls(sparsity, update_schedule(length.epochs), **{**fixed, **rest})
+    return lambda sparsity, length, **rest: cls(
+        sparsity, **{"schedule": update_schedule(length.epochs), **fixed, **rest}
+    )
 
 
 def _from_initial(cls: type[Sparsifier], published: float) -> Callable[..., Sparsifier]:
@@ -94,14 +96,14 @@ def _powerpropagation(sparsity: float, length: Length, **rest: Any) -> Sparsifie
     total = length.total_steps
     edge = min(max(1, round(Fraction(25, 32) * total)), total - 1)
     spans = (PhaseSpan(0, edge, Dense()), PhaseSpan(edge, total, Sparse(sparsity)))
-    return Powerpropagation(schedule=PhaseSchedule(spans), **rest)
+    return Powerpropagation(**{"schedule": PhaseSchedule(spans), **rest})
 
 
 METHODS = {
     "dense": Method(DenseTraining, _unchosen(DenseTraining), ()),
     "acdc": Method(
         ACDC,
-        lambda sparsity, length, **rest: ACDC(sparsity, acdc_schedule(length.epochs), **rest),
+        lambda sparsity, length, **rest: ACDC(sparsity, **{"schedule": acdc_schedule(length.epochs), **rest}),
         (*BLOCKS, N_OF_M),
     ),
     "gmp": Method(GMP, _updates(GMP)),
@@ -128,7 +130,7 @@ METHODS = {
     "movement": Method(Movement, _updates(Movement)),
     "soft-movement": Method(
         SoftMovement,
-        lambda sparsity, length, **rest: SoftMovement(update_schedule(length.epochs), **rest),
+        lambda sparsity, length, **rest: SoftMovement(**{"schedule": update_schedule(length.epochs), **rest}),
         ("unstructured",),
         exact=False,
     ),
@@ -154,9 +156,9 @@ def build_method(
     """The method called `name` in `METHODS`, with its own defaults for a run of that length; `attach` is to follow.
 
     `pattern` None is "unstructured", or for a method of n:m patterns alone the one of `sparsity`, such as "1:10" of
-    0.9. `options` are further arguments of the class ("lottery-ticket" needs `initial`). `sparsity` means nothing to
-    methods that find their own or none at all (`exact` False, no patterns). Raises ValueError for a name, pattern or
-    value that is not allowed; nothing is attached.
+    0.9. `options` are further arguments of the class ("lottery-ticket" needs `initial`); a `schedule` among them
+    replaces the one for that length. `sparsity` means nothing to methods that find their own or none at all (`exact`
+    False, no patterns). Raises ValueError for a name, pattern or value that is not allowed; nothing is attached.
     """
     if name not in METHODS:
         raise ValueError(f"name must be one of {sorted(METHODS)}, got {name!r}")

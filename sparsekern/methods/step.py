@@ -99,13 +99,13 @@ class STEP(EffectiveSparsifier):
             if not self._overflowed():
                 self._preconditioned_step()
             return True
-        if self.switch is None:
+        if self._watching():
             self._variance = [v.clone() for v in self._variances()]
         return False
 
     @torch.no_grad()
     def _after_step(self) -> None:
-        if isinstance(self.phase, Sparse) or self.switch is not None:
+        if not self._watching():
             return
         now = self._variances()
         if len(now) == len(self._variance) and now:
@@ -115,15 +115,18 @@ class STEP(EffectiveSparsifier):
                 self.seen += 1
         self._variance = []
 
+    def _watching(self) -> bool:
+        """Whether this step is in the first window that may decide about the switch, or after it."""
+        return isinstance(self.phase, Dense) and self.switch is None and self.position >= self.earliest - self.window
+
     def _due(self) -> bool:
         if isinstance(self.phase, Sparse):
             return True
         if self.switch is not None:
             return self.position >= self.switch
-        if self.position >= self.latest:
-            return True
-        settled = self.seen > 0 and float(self.changes.sum()) / min(self.seen, self.window) < self._eps()
-        return self.position >= self.earliest and settled
+        if self.position >= self.latest or self.position < self.earliest or not self.seen:
+            return self.position >= self.latest
+        return float(self.changes.sum()) / min(self.seen, self.window) < self._eps()
 
     def _eps(self) -> float:
         return float(self.optimizer.param_groups[0]["eps"])

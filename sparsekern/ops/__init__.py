@@ -1,5 +1,6 @@
 """The operators. Each module is the specification of one; each function carries its `.reference`."""
 
+from sparsekern.ops import sparse_cuda as _sparse_cuda  # noqa: F401, serves operators on CUDA
 from sparsekern.ops.masked_adamw import masked_adamw_
 from sparsekern.ops.masked_sgd import masked_sgd_
 from sparsekern.ops.packing import pack_mask, unpack_mask

@@ -9,12 +9,14 @@ import os
 import platform
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 KERNELS = ROOT / "csrc/cuda"
-OPERATORS = ["masked_sgd_"]
+OPERATORS = ["masked_sgd_", "masked_adamw_", "topk_mask"]
+OPERATORS += ["_sparse_product_cuda", "_sparse_input_gradient_cuda", "_sparse_weight_gradient_cuda"]
 """What csrc/cuda registers."""
 FLAGS = ["-std=c++20", "-O2", "-mfma", "-ffp-contract=off", "-fPIC", "-pthread", "-Wall", "-Werror"]
 FLAGS += ["-Wno-unknown-pragmas", "-Wno-tsan", f"-I{HERE}", f"-I{KERNELS}"]
@@ -45,34 +47,41 @@ def obstacle() -> str:
     return ""
 
 
+def _digest(flags: list[str], files: list[Path]) -> str:
+    content = b"\0".join(path.name.encode() + path.read_bytes() for path in sorted(files))
+    return hashlib.sha256("\0".join(flags).encode() + content).hexdigest()[:16]
+
+
+def _compile(source: Path, flags: list[str], headers: list[Path]) -> Path:
+    """The object of one source, compiled at most once per content of it and of the headers."""
+    target = ROOT / "build/emulator" / f"{source.name}.{_digest(flags, [source, *headers])}.o"
+    if not target.exists():
+        partial = target.with_suffix(f".{os.getpid()}")
+        command = ["g++", *flags, "-x", "c++", "-c", str(source), "-o", str(partial)]
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise RuntimeError(done.stderr)
+        partial.replace(target)
+    return target
+
+
 def build(name: str, sources: list[Path], flags: list[str] | None = None, seen: list[Path] | None = None) -> Path:
     """The shared library (or, for a name without ".so", the program) of `sources`, built at most once per content.
 
-    `seen` are further files or folders whose change asks for a new build.
+    `seen` are further files whose change asks for a new build.
     """
     flags = [*FLAGS, *(flags or []), *include_flags()]
-    depends = [Path(__file__), *HERE.glob("*.h"), *KERNELS.glob("*.cuh"), *KERNELS.glob("*.h"), *sources, *(seen or [])]
-    digest = hashlib.sha256("\0".join(flags).encode() + b"".join(p.read_bytes() for p in sorted(depends))).hexdigest()
-    target = ROOT / "build/emulator" / digest[:16] / name
+    headers = [Path(__file__), *HERE.glob("*.h"), *KERNELS.glob("*.cuh"), *KERNELS.glob("*.h"), *(seen or [])]
+    target = ROOT / "build/emulator" / _digest(flags, [*headers, *sources]) / name
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    objects = [target.parent / f"{name}.{source.name}.{os.getpid()}.o" for source in sources]
-    jobs = [
-        subprocess.Popen(
-            ["g++", *flags, "-x", "c++", "-c", str(source), "-o", str(o)], stderr=subprocess.PIPE, text=True
-        )
-        for source, o in zip(sources, objects, strict=True)
-    ]
-    errors = [job.communicate()[1] for job in jobs]
-    if any(job.returncode for job in jobs):
-        raise RuntimeError("\n".join(errors))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda source: str(_compile(source, flags, headers)), sources))
     partial = target.with_name(f"{name}.{os.getpid()}.partial")
     kind = ["-shared"] if name.endswith(".so") else []
     libraries = [flag for flag in flags if flag.startswith("-l")]  # the linker wants them behind what needs them
-    subprocess.run(["g++", *flags, *kind, *map(str, objects), *libraries, "-o", str(partial)], check=True)
-    for o in objects:
-        o.unlink()
+    subprocess.run(["g++", *flags, *kind, *objects, *libraries, "-o", str(partial)], check=True)
     partial.replace(target)
     return target
 
@@ -95,6 +104,6 @@ def build_operators() -> Path:
     includes = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
     flags = ["-DSPARSEKERN_EMULATED", "-DTORCH_TARGET_VERSION=0x020a000000000000", *includes]
     flags += [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10", "-ltorch"]
-    shared = [ROOT / "csrc/step_operands.h", ROOT / "csrc/cpu/simd/kernels.h"]
+    shared = [*(ROOT / "csrc").glob("*.h"), ROOT / "csrc/cpu/simd/kernels.h"]
     sources = sorted([*KERNELS.glob("*.cu"), *KERNELS.glob("*.cpp"), HERE / "schedule.cpp"])
     return build("operators.so", sources, flags, shared)

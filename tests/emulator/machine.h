@@ -72,7 +72,7 @@ struct Machine {
   Thread* current = nullptr;
   uint3 block{};
   dim3 block_size, grid_size;
-  int live = 0, at_barrier = 0, counts[3] = {0, 0, 0};
+  int live = 0, at_barrier = 0, counted = 0, last_count = 0;
   unsigned barriers = 0;
   void (*body)(void*) = nullptr;
   void* argument = nullptr;
@@ -122,6 +122,8 @@ inline void yield() {
 
 inline void release_barrier(Machine& m) {
   m.at_barrier = 0;
+  m.last_count = m.counted;
+  m.counted = 0;
   ++m.barriers;
   for (Thread& t : m.threads) {
     if (t.state == State::kAtBarrier) t.state = State::kReady;
@@ -150,7 +152,7 @@ inline void fiber_entry() {
 inline std::vector<int> begin_block(Machine& m) {
   const int n = static_cast<int>(m.threads.size());
   m.live = n;
-  m.at_barrier = 0;
+  m.at_barrier = m.counted = 0;
   m.error = nullptr;
   std::fill(m.shared_store.begin(), m.shared_store.end(), 0xFF);  // what nobody wrote reads as NaN
   for (Warp& w : m.warps) {

@@ -96,6 +96,8 @@ __global__ void collectives(uint32_t* result) {
   out[3] = __ballot_sync(~0u, value % 3 == 0);
   out[4] = __match_any_sync(~0u, value % 4);
   out[5] = __reduce_add_sync(~0u, value);
+  __syncthreads_count(1);
+  __syncthreads();
   out[6] = __syncthreads_count(value % 5 == 0);
   out[7] = __shfl_sync(~0u, value, 2, 8);
 }

@@ -78,11 +78,13 @@ T value_of(const unsigned char* slots, int lane) {
   return value;
 }
 
-inline void barrier() {
+// Returns how many threads came with a true predicate; none can be at the next barrier before all have read it.
+inline int barrier(bool predicate) {
   Quiet quiet;
   Machine& m = machine();
   char* const token = &m.barrier_token[m.barriers & 1];
   happens_before(token);
+  m.counted += predicate;
   if (++m.at_barrier == m.live) {
     release_barrier(m);
   } else {
@@ -90,6 +92,7 @@ inline void barrier() {
     yield();
   }
   happens_after(token);
+  return m.last_count;
 }
 
 template <class T, class F>
@@ -113,20 +116,9 @@ T reduce(uint32_t mask, T value, const F& combine) {
 #define gridDim (simt::machine().grid_size)
 constexpr int warpSize = 32;
 
-inline void __syncthreads() { simt::barrier(); }
-inline int __syncthreads_count(int predicate) {
-  simt::Machine& m = simt::machine();
-  const int slot = m.barriers % 3;
-  {
-    simt::Quiet quiet;
-    m.counts[slot] += predicate != 0;
-    m.counts[(slot + 1) % 3] = 0;
-  }
-  simt::barrier();
-  simt::Quiet quiet;
-  return m.counts[slot];
-}
-inline int __syncthreads_or(int predicate) { return __syncthreads_count(predicate) != 0; }
+inline void __syncthreads() { simt::barrier(false); }
+inline int __syncthreads_count(int predicate) { return simt::barrier(predicate != 0); }
+inline int __syncthreads_or(int predicate) { return simt::barrier(predicate != 0) != 0; }
 inline void __syncwarp(uint32_t mask = ~0u) { simt::meet(mask, simt::kSyncWarp, 0); }
 inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 
@@ -198,5 +190,8 @@ inline int __clz(uint32_t x) { return std::countl_zero(x); }
 inline int __ffs(uint32_t x) { return x ? std::countr_zero(x) + 1 : 0; }
 inline unsigned __float_as_uint(float f) { return std::bit_cast<unsigned>(f); }
 inline float __uint_as_float(unsigned i) { return std::bit_cast<float>(i); }
+inline long long __double_as_longlong(double d) { return std::bit_cast<long long>(d); }
+using std::fabs;
 using std::fma;
 using std::fmaf;
+using std::sqrt;

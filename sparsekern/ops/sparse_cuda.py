@@ -1,0 +1,218 @@
+"""sparse_conv2d and sparse_linear on CUDA: what the kernels take, and the dense path for the rest.
+
+The kernels take float32, one group, and images in channels_last; other images are copied into it. Everything else, and
+a window too large for shared memory, is torch's dense operator on the masked weight, the operators' reference; that
+is said once for each reason. Structures are not read back from the GPU: of one that is wrong a kernel drops what lies
+outside of the weight, and its result is then unspecified.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from sparsekern import _library
+from sparsekern.ops.sparse_conv2d import backward_fake as conv2d_backward_fake
+from sparsekern.ops.sparse_conv2d import backward_reference as conv2d_backward_reference
+from sparsekern.ops.sparse_conv2d import fake as conv2d_fake
+from sparsekern.ops.sparse_conv2d import reference as conv2d_reference
+from sparsekern.ops.sparse_linear import backward_fake as linear_backward_fake
+from sparsekern.ops.sparse_linear import backward_reference as linear_backward_reference
+from sparsekern.ops.sparse_linear import fake as linear_fake
+from sparsekern.ops.sparse_linear import reference as linear_reference
+from sparsekern.ops.sparse_structure import check_form
+
+_LAST = torch.channels_last
+_told: set[str] = set()
+_transposed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def dense_reason(groups: int, *operands: Tensor | None) -> str:
+    """Why these operands take the dense path, '' if the kernels serve them."""
+    for t in operands:
+        if t is not None and t.dtype != torch.float32:
+            return f"{t.dtype}: the sparse kernels are float32"
+        if t is not None and not t.numel():
+            return "empty"
+    return f"groups={groups}: the sparse kernels are for one group" if groups != 1 else ""
+
+
+def _tell(operator: str, reason: str) -> None:
+    """Once per reason, except for what is empty."""
+    if reason != "empty" and reason not in _told:
+        _told.add(reason)
+        text = f"{operator} on CUDA runs as a dense operator with a masked weight ({reason})"
+        warnings.warn(text, RuntimeWarning, stacklevel=4)
+
+
+def _weight(weight: Tensor, shape: Sequence[int] | None = None) -> tuple[list[int], list[int]]:
+    """Shape (4-d) and strides, which are 0 for packed values."""
+    sizes = list(weight.shape if weight.dim() > 1 or shape is None else shape)
+    strides = list(weight.stride()) if weight.dim() > 1 else [0] * len(sizes)
+    return sizes + [1] * (4 - len(sizes)), strides + [0] * (4 - len(strides))
+
+
+def _check(weight: Tensor, structure: Sequence[Tensor], layout: str, shape: Sequence[int], groups: int = 1) -> None:
+    """Raise unless the kernels can take the structure without reading it."""
+    check_form(structure, layout, shape, groups)
+    kept = structure[1].numel() * (1 if layout == "unstructured" else 4)
+    if weight.dim() == 1 and weight.numel() != kept:
+        raise ValueError(f"weight has {weight.numel()} packed values: expected {kept}, as structure keeps")
+
+
+def _into(result: Tensor, fill: Any) -> bool:
+    """``fill(image)`` a channels_last image that is, or is then copied into, ``result``; whether the kernels could."""
+    image = result if result.is_contiguous(memory_format=_LAST) else torch.empty_like(result, memory_format=_LAST)
+    done = fill(image)
+    if done and image is not result:
+        result.copy_(image)
+    return done
+
+
+def transposed(structure: Sequence[Tensor], layout: str, shape: Sequence[int]) -> list[Tensor]:
+    """The structure of the weight with inputs and outputs exchanged, and for each of its blocks its number before.
+
+    Made without reading from the GPU, and kept as long as the structure's tensors are unchanged.
+    """
+    pointers, indices = structure
+    versions = [0 if t.is_inference() else t._version for t in structure]
+    known = _transposed.get(indices)
+    if known is not None and known[0] is pointers and known[1] == versions:
+        return known[2]
+    taps, rows = shape[2] * shape[3], pointers.numel() - 1
+    channels = shape[1] // (4 if layout == "1x4" else 1)
+    each = torch.arange(rows, device=pointers.device)
+    row = each.repeat_interleave(pointers.long().diff(), output_size=indices.numel())
+    place = (indices // taps * rows + row) * taps + indices % taps
+    place, source = place.sort()
+    starts = torch.arange(channels + 1, device=pointers.device) * (rows * taps)
+    found = [torch.searchsorted(place, starts).int(), (place % (rows * taps)).int(), source.int()]
+    _transposed[indices] = pointers, versions, found
+    return found
+
+
+def conv2d(
+    input: Tensor, weight: Tensor, structure: Sequence[Tensor], layout: str, bias: Tensor | None,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, *shape: Any,
+) -> Tensor:  # fmt: skip
+    """The operator sparse_conv2d on CUDA."""
+    result = conv2d_fake(input, weight, structure, layout, bias, stride, padding, dilation, groups, *shape)
+    reason = dense_reason(groups, input, weight, bias, result)
+    if not reason:
+        sizes, strides = _weight(weight, *shape)
+        _check(weight, structure, layout, sizes, groups)
+        geometry = [*stride, *padding, *dilation]
+        added, source = None if bias is None else bias.contiguous(), input.contiguous(memory_format=_LAST)
+        if _into(result, lambda to: product(
+            to, source, weight, list(structure), layout, added, sizes, strides, geometry
+        )):  # fmt: skip
+            return result
+        reason = "the window of the convolution is too large for shared memory"
+    _tell("sparse_conv2d", reason)
+    return conv2d_reference(input, weight, structure, layout, bias, stride, padding, dilation, groups, *shape)
+
+
+def conv2d_backward(
+    grad: Tensor, input: Tensor, weight: Tensor, structure: Sequence[Tensor], layout: str, stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], groups: int, needs: Sequence[bool], *shape: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The operator sparse_conv2d_backward on CUDA."""
+    rest = stride, padding, dilation, groups, needs, *shape
+    reason = dense_reason(groups, grad, input, weight)
+    if not reason:
+        sizes, strides = _weight(weight, *shape)
+        _check(weight, structure, layout, sizes, groups)
+        results = conv2d_backward_fake(grad, input, weight, structure, layout, *rest)
+        if needs[2]:
+            results[2].copy_(grad.sum((0, 2, 3)))
+        if _gradients(results, grad, input, weight, structure, layout, sizes, strides, [*stride, *padding, *dilation]):
+            return results
+        reason = "the window of the convolution is too large for shared memory"
+    _tell("sparse_conv2d_backward", reason)
+    return conv2d_backward_reference(grad, input, weight, structure, layout, *rest)
+
+
+def _gradients(results, grad, input, weight, structure, layout, sizes, strides, geometry) -> bool:
+    """Fill the gradients of input and weight that have elements; False if the kernels do not take the geometry."""
+    above, below = grad.contiguous(memory_format=_LAST), input.contiguous(memory_format=_LAST)
+    if results[0].numel():
+        turned = transposed(structure, layout, sizes)
+
+        def fill(to: Tensor) -> bool:
+            if max(geometry[:2]) > 1:
+                to.zero_()  # the stride may leave pixels that no tap reaches
+            return input_gradient(to, above, weight, turned, layout, sizes, strides, geometry)
+
+        if not _into(results[0], fill):
+            return False
+    if results[1].numel():
+        own = _weight(results[1], sizes)[1]
+        results[1].zero_()
+        return weight_gradient(results[1], above, below, list(structure), layout, sizes, own, geometry)
+    return True
+
+
+def _rows(t: Tensor) -> Tensor:
+    """(*, channels) as an image of one row whose pixels are the rows of the matrix."""
+    return t.reshape(1, 1, -1, t.shape[-1]).permute(0, 3, 1, 2)
+
+
+_POINTWISE = [1, 1, 0, 0, 1, 1]
+
+
+def linear_forward(
+    input: Tensor, weight: Tensor, structure: Sequence[Tensor], layout: str, bias: Tensor | None, *shape: Any
+) -> Tensor:
+    """The operator sparse_linear on CUDA."""
+    result = linear_fake(input, weight, structure, layout, bias, *shape)
+    reason = dense_reason(1, input, weight, bias, result)
+    if reason:
+        _tell("sparse_linear", reason)
+        return linear_reference(input, weight, structure, layout, bias, *shape)
+    sizes, strides = _weight(weight, *shape)
+    _check(weight, structure, layout, sizes[:2])
+    added = None if bias is None else bias.contiguous()
+    operands = _rows(result), _rows(input.contiguous()), weight, list(structure), layout, added
+    assert product(*operands, sizes, strides, _POINTWISE)  # one tap always fits
+    return result
+
+
+def linear_backward(
+    grad: Tensor, input: Tensor, weight: Tensor, structure: Sequence[Tensor], layout: str, needs: Sequence[bool],
+    *shape: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The operator sparse_linear_backward on CUDA."""
+    reason = dense_reason(1, grad, input, weight)
+    if reason:
+        _tell("sparse_linear_backward", reason)
+        return linear_backward_reference(grad, input, weight, structure, layout, needs, *shape)
+    sizes, strides = _weight(weight, *shape)
+    _check(weight, structure, layout, sizes[:2])
+    results = linear_backward_fake(grad, input, weight, structure, layout, needs, *shape)
+    if needs[2]:
+        results[2].copy_(grad.reshape(-1, grad.shape[-1]).sum(0))
+    below = _rows(results[0]) if needs[0] else results[0]
+    operands = _rows(grad.contiguous()), _rows(input.contiguous()), weight, structure, layout
+    assert _gradients((below, results[1]), *operands, sizes, strides, _POINTWISE)  # as above
+    return results
+
+
+_ARGUMENTS = "Tensor[] structure, str layout"
+_NUMBERS = "int[] shape, int[] strides, int[] geometry) -> bool"
+product = _library.define_cuda(
+    f"_sparse_product_cuda(Tensor(a!) result, Tensor input, Tensor weight, {_ARGUMENTS}, Tensor? bias, {_NUMBERS}",
+    {"sparse_conv2d": conv2d, "sparse_linear": linear_forward},
+)
+input_gradient = _library.define_cuda(
+    f"_sparse_input_gradient_cuda(Tensor(a!) result, Tensor grad, Tensor weight, {_ARGUMENTS}, {_NUMBERS}",
+    {"sparse_conv2d_backward": conv2d_backward},
+)
+weight_gradient = _library.define_cuda(
+    f"_sparse_weight_gradient_cuda(Tensor(a!) result, Tensor grad, Tensor input, {_ARGUMENTS}, {_NUMBERS}",
+    {"sparse_linear_backward": linear_backward},
+)
