@@ -167,3 +167,28 @@ def test_hostile_structures_raise_from_gradients(pointers, indices):
             torch.ops.sparsekern.sparse_conv2d_backward(
                 torch.randn(1, 2, 3, 3), x, w, tensors, "unstructured", [1, 1], [0, 0], [1, 1], 1, needs
             )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", [CASES[1], CASES[3], CASES[5]])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_sixteen_bits_are_summed_in_float32_and_rounded_once(native, pattern, case, dtype):
+    out, channels, groups, kernel, size, *geometry, batch = case
+    shape = (out, channels // groups, *kernel)
+    mask = block_mask(shape, pattern, 0.6)
+    s = sk.ops.sparse_structure(mask, pattern, groups=groups)
+    x, w, b = (torch.randn(n).to(dtype) for n in ((batch, channels, *size), shape, (out,)))
+    for last in (False, True):
+        form = LAST if last else torch.contiguous_format
+        given = [x.to(memory_format=form), torch.where(mask, w, torch.nan), b]
+        run = lambda x, w, b: sk.ops.sparse_conv2d(x, w, s, b, *geometry, groups)  # noqa: E731
+        found, wide = run(*given), run(*(t.float() for t in given))
+        assert found.dtype == dtype and found.stride() == wide.stride() and torch.equal(found, wide.to(dtype))
+        grads = gradients(run, *given)
+        assert [g.dtype for g in grads] == [dtype] * 3 and not grads[1][~mask].any()
+        exact = gradients(run, *(t.float() for t in given))
+        for got, want in zip(grads, exact, strict=True):  # the incoming gradient was rounded to `dtype` too
+            torch.testing.assert_close(got.float(), want, rtol=0.02, atol=0.02 * float(want.abs().amax()))
+    features = torch.randn(5, 8).to(dtype), torch.where(torch.eye(8, dtype=torch.bool), 2, 0).to(dtype)
+    linear = sk.ops.sparse_linear(*features, sk.ops.sparse_structure(features[1]))
+    assert linear.dtype == dtype and torch.equal(linear, 2 * features[0])

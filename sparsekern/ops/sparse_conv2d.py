@@ -10,7 +10,7 @@ This file is the specification of ``torch.ops.sparsekern.sparse_conv2d`` and of 
   of a pruned model in arXiv 2308.02060. ``structure`` is built for the same ``groups``.
 - A non-finite input may or may not reach an output that sees it through pruned weights only (0 * NaN).
 - ``stride``, ``padding`` (zeros) and ``dilation``: an int or two, (vertical, horizontal).
-- float16, bfloat16, float32 or float64, one dtype for all operands.
+- float16, bfloat16, float32 or float64, one dtype for all operands. Kernels sum the 16-bit types in float32.
 - Gradients: those of that convolution; of weight, exactly 0 where it is not kept; of bias, the sum of grad over all but
   the channels. Second derivatives are refused.
 - The result and the gradient of input are channels_last if input is channels_last and not contiguous, else contiguous;
@@ -30,6 +30,7 @@ from sparsekern import _library
 from sparsekern.ops import sparse_calls, sparse_kernels
 from sparsekern.ops.epilogue import Epilogue
 from sparsekern.ops.geometry import empty, output_size, pair, without_gaps
+from sparsekern.ops.halves import widened
 from sparsekern.ops.sparse_structure import (
     SparseStructure,
     check_dims,
@@ -203,8 +204,8 @@ def _backward_cpu(
 
 _op = _library.define(SCHEMA, reference, fake)
 _backward_op = _library.define(BACKWARD_SCHEMA, backward_reference, backward_fake)
-_library.define_cpu("sparse_conv2d", sparse_kernels.product, _cpu)
-_library.define_cpu("sparse_conv2d_backward", sparse_kernels.input_gradient, _backward_cpu)
+_library.define_cpu("sparse_conv2d", sparse_kernels.product, widened(_cpu))
+_library.define_cpu("sparse_conv2d_backward", sparse_kernels.input_gradient, widened(_backward_cpu))
 
 
 def _setup_context(ctx, inputs, output) -> None:

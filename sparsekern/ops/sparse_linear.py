@@ -8,7 +8,8 @@ This file is the specification of ``torch.ops.sparsekern.sparse_linear`` and of 
 - W is the weight where ``structure`` (see `sparsekern.ops.sparse_structure`) keeps it and 0 elsewhere, selected and
   never multiplied: NaN and Inf off the mask reach nothing. The layer of a pruned model in arXiv 2308.02060.
 - A non-finite input may or may not reach an output that sees it through pruned weights only (0 * NaN).
-- float16, bfloat16, float32 or float64, one dtype for all operands. The result, (*, out), is contiguous.
+- float16, bfloat16, float32 or float64, one dtype for all operands; kernels sum the 16-bit types in
+  float32. The result, (*, out), is contiguous.
 - Gradients: of input, grad @ W; of weight, grad.T @ input where it is kept and exactly 0 elsewhere; of bias, the sum of
   grad over the leading dims. All contiguous; that of a packed weight is packed. Second derivatives are refused.
 - Empty operands are ordinary: a sum of no terms is 0.
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from sparsekern import _library
 from sparsekern.ops import sparse_kernels
+from sparsekern.ops.halves import widened
 from sparsekern.ops.sparse_structure import (
     SparseStructure,
     check_dims,
@@ -172,8 +174,8 @@ def _backward_cpu(
 
 _op = _library.define(SCHEMA, reference, fake)
 _backward_op = _library.define(BACKWARD_SCHEMA, backward_reference, backward_fake)
-_library.define_cpu("sparse_linear", sparse_kernels.product, _cpu)
-_library.define_cpu("sparse_linear_backward", sparse_kernels.input_gradient, _backward_cpu)
+_library.define_cpu("sparse_linear", sparse_kernels.product, widened(_cpu))
+_library.define_cpu("sparse_linear_backward", sparse_kernels.input_gradient, widened(_backward_cpu))
 
 
 def _setup_context(ctx, inputs, output) -> None:
