@@ -64,7 +64,7 @@ def test_pruned_entries_written_from_outside_become_zero_again(write):
 
 
 def test_dead_memory_is_left_alone_once_it_is_zero(monkeypatch):
-    import sparsekern.optim as implementation
+    import sparsekern.masked_optimizer as implementation
 
     seen = []
     original = implementation.launch

@@ -11,7 +11,7 @@ from sparsekern.distributions import check_sparsity
 from sparsekern.methods.allocation import Allocation
 from sparsekern.methods.interval import IntervalSparsifier
 from sparsekern.ops import topk_mask, unpack_mask
-from sparsekern.ops.masked_sgd import as_layout
+from sparsekern.ops.operands import as_layout
 from sparsekern.updates import UpdatePlan, UpdateSchedule, cosine
 
 

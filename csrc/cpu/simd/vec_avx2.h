@@ -37,6 +37,7 @@ struct F32x8 {
     const __m256i on = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane), lane);
     return {_mm256_and_ps(v, _mm256_castsi256_ps(on))};
   }
+  F32x8 root() const { return {_mm256_sqrt_ps(v)}; }
   F32x8 negate() const { return {_mm256_xor_ps(v, _mm256_set1_ps(-0.0f))}; }
   static F32x8 splat(float x) { return {_mm256_set1_ps(x)}; }
   // The first n lanes, 0 <= n <= 8; the others are 0, or not stored.
@@ -86,8 +87,10 @@ struct F64x4 {
     const __m256i on = _mm256_cmpeq_epi64(_mm256_and_si256(_mm256_set1_epi64x(bits), lane), lane);
     return {_mm256_and_pd(v, _mm256_castsi256_pd(on))};
   }
+  F64x4 root() const { return {_mm256_sqrt_pd(v)}; }
   F64x4 negate() const { return {_mm256_xor_pd(v, _mm256_set1_pd(-0.0))}; }
 };
+inline F64x4 operator+(F64x4 a, F64x4 b) { return {_mm256_add_pd(a.v, b.v)}; }
 inline F64x4 operator*(F64x4 a, F64x4 b) { return {_mm256_mul_pd(a.v, b.v)}; }
 inline F64x4 operator/(F64x4 a, F64x4 b) { return {_mm256_div_pd(a.v, b.v)}; }
 inline F64x4 fma(F64x4 a, F64x4 b, F64x4 c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }

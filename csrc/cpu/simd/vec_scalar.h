@@ -56,6 +56,9 @@ inline Float16 narrow(float x, Float16) {
 inline float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline double fused(double a, double b, double c) { return __builtin_fma(a, b, c); }
 
+inline float square_root(float a) { return __builtin_sqrtf(a); }
+inline double square_root(double a) { return __builtin_sqrt(a); }
+
 // T is the compute type, float or double.
 template <class T>
 struct Lane {
@@ -74,6 +77,7 @@ struct Lane {
   }
   // Lanes whose bit is 0 become +0; `bits` holds one bit per lane from bit 0 on.
   Lane keep(uint32_t bits) const { return {bits & 1u ? value : T(0)}; }
+  Lane root() const { return {square_root(value)}; }
   Lane negate() const { return {-value}; }
   static Lane splat(T x) { return {x}; }
   // The first n lanes, 0 <= n <= 1; the other is 0, or not stored.
