@@ -33,13 +33,17 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
     return getattr(torch.ops.sparsekern, name)
 
 
-def define_cpu(name: str, schema: str, build: Callable[[Any], Callable[..., Any]]) -> None:
-    """Define the compiled `sparsekern::schema` and serve operator ``name`` on CPU by ``build(compiled)``."""
-    native = schema[: schema.index("(")]
+def define_native(schema: str) -> Any:
+    """Define `sparsekern::schema`, a compiled function that Python code on CPU calls; nothing else serves it."""
     _definitions.define(schema)
+    return getattr(torch.ops.sparsekern, schema[: schema.index("(")]).default
+
+
+def define_cpu(name: str, native: Any, serve: Callable[..., Any]) -> None:
+    """Serve operator ``name`` on CPU by the Python function ``serve``, which calls ``native`` where that was built."""
     if not interpreted():
-        _definitions.impl(name, build(getattr(torch.ops.sparsekern, native).default), "CPU")
-    NATIVE[name] = native
+        _definitions.impl(name, serve, "CPU")
+    NATIVE[name] = native.name().removeprefix("sparsekern::")
 
 
 def register(name: str, kernel: Callable[..., Any], key: str) -> None:

@@ -31,9 +31,10 @@ TRITON = {
     "sparse_linear_backward": "sparse_linear",
 }  # fmt: skip
 """Operators with Triton kernels -> their module in sparsekern.triton."""
-OPAQUE = {"masked_adamw_", "masked_sgd_"}
-"""Operators that torch.compile runs as they are, because they need addresses. It looks through the others at their
-Triton kernels."""
+LOOK_THROUGH = {"sparse_conv2d", "sparse_linear"}
+"""Operators that torch.compile looks through at their Triton kernels. It runs the others as they are: the steps and the
+selection need tables made on the host, and the gradients store where an index says, from which torch concludes that
+they write to the indices."""
 
 
 def chosen(name: str, key: str) -> str:
@@ -107,7 +108,7 @@ def _register(name: str, key: str) -> None:
             launch.tracing.reset(token)
 
     _library.register(name, run, key)
-    if name not in OPAQUE and key == "CUDA":
+    if name in LOOK_THROUGH and key == "CUDA":
         torch.library.register_torch_dispatch(
             f"sparsekern::{name}", FunctionalTensorMode, look_through, lib=_library._definitions
         )

@@ -50,6 +50,8 @@ NOT_INTERPRETED = {
 }  # fmt: skip
 """Tests that take too long interpreted, with a shorter twin in test_triton_kernels.py, or are about CPUs."""
 collect_ignore = [] if INTERPRETED else ["test_triton_kernels.py"]
+if INTERPRETED or _library.backend_setting() != "triton":
+    collect_ignore.append("test_triton_compile.py")
 ALL = ["triton"] if INTERPRETED else ["reference", *NATIVE, EMULATED]
 
 

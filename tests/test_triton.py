@@ -22,19 +22,21 @@ FOLDER = Path(__file__).parent
 BUDGET = json.loads((FOLDER / "triton_budget.json").read_text())
 SUITES = {
     "first": ("test_masked_sgd", "test_masked_adamw", "test_bare_operators", "test_topk_mask", "test_topk_mask_input"),
+    "compiled": ("test_triton_compile",),
     "second": ("test_triton_kernels", "test_sparse_kernels", "test_sparse_linear", "test_sparse_conv2d"),
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def suites():
-    """The operator tests at work on interpreted kernels, while this process compiles them: one suite per core."""
-    variables = {**os.environ, "SPARSEKERN_BACKEND": "triton", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    """The operator tests at work on interpreted kernels, and those of torch.compile, while this process compiles."""
+    variables = {**os.environ, "SPARSEKERN_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
+    interpreted = {**variables, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
     started = {
         name: subprocess.Popen(
-            [*command, *(str(FOLDER / f"{file}.py") for file in files)], env=variables, cwd=FOLDER.parent,
-            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            [*command, *(str(FOLDER / f"{file}.py") for file in files)], cwd=FOLDER.parent, text=True,
+            env=variables if name == "compiled" else interpreted, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
         for name, files in SUITES.items()
     }  # fmt: skip
@@ -123,6 +125,6 @@ def test_machine_code_is_within_its_budget(arch, recorder, suites):
 
 
 @pytest.mark.parametrize("name", SUITES)
-def test_operator_tests_pass_interpreted(name, suites):
+def test_operator_tests_pass(name, suites):
     output = suites[name].communicate()[0]
     assert suites[name].returncode == 0 and " passed" in output, output

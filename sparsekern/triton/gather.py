@@ -187,6 +187,8 @@ def weights(
 def uncovered(operands: dict[str, Tensor | None]) -> str:
     """Why the reference must run, or ''."""
     given = {name: t for name, t in operands.items() if t is not None}
+    if given["weight"].dim() == 1:
+        return "weight is packed"
     for name, t in given.items():
         if not t.numel():
             return EMPTY

@@ -23,12 +23,18 @@ def _check(input: Tensor, weight: Tensor, structure: Sequence[Tensor], layout: s
 
 
 def _forward_uncovered(
-    input: Tensor, weight: Tensor, structure: Sequence[Tensor], layout: str, bias: Tensor | None, *rest: Any
+    input: Tensor,
+    weight: Tensor,
+    structure: Sequence[Tensor],
+    layout: str,
+    bias: Tensor | None,
+    *rest: Any,
+    **options: Any,
 ) -> str:
     return uncovered({"input": input, "weight": weight, "bias": bias})
 
 
-def _backward_uncovered(grad: Tensor, input: Tensor, weight: Tensor, *rest: Any) -> str:
+def _backward_uncovered(grad: Tensor, input: Tensor, weight: Tensor, *rest: Any, **options: Any) -> str:
     return uncovered({"grad": grad, "input": input, "weight": weight})
 
 
@@ -36,6 +42,7 @@ def _backward_uncovered(grad: Tensor, input: Tensor, weight: Tensor, *rest: Any)
 def sparse_conv2d(
     input: Tensor, weight: Tensor, structure: Sequence[Tensor], layout: str, bias: Tensor | None,
     stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+    shape: Sequence[int] | None = None,
 ) -> Tensor:  # fmt: skip
     """The operator on GPU tensors."""
     result = fake(input, weight, structure, layout, bias, stride, padding, dilation, groups)
@@ -53,6 +60,7 @@ def sparse_conv2d(
 def sparse_conv2d_backward(
     grad: Tensor, input: Tensor, weight: Tensor, structure: Sequence[Tensor], layout: str, stride: Sequence[int],
     padding: Sequence[int], dilation: Sequence[int], groups: int, needs: Sequence[bool],
+    shape: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of input, weight and bias on GPU tensors; one that ``needs`` does not ask for has no elements."""
     results = backward_fake(grad, input, weight, structure, layout, stride, padding, dilation, groups, needs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -25,21 +26,22 @@ def _check(input: Tensor, weight: Tensor, structure: Sequence[Tensor], layout: s
 
 
 def _forward_uncovered(
-    input: Tensor, weight: Tensor, structure: Sequence[Tensor], layout: str, bias: Tensor | None
+    input: Tensor, weight: Tensor, structure: Sequence[Tensor], layout: str, bias: Tensor | None, *rest: Any
 ) -> str:
     return uncovered({"input": input, "weight": weight, "bias": bias})
 
 
 def _backward_uncovered(
-    grad: Tensor, input: Tensor, weight: Tensor, structure: Sequence[Tensor], layout: str, needs: Sequence[bool]
+    grad: Tensor, input: Tensor, weight: Tensor, structure: Sequence[Tensor], layout: str, *rest: Any
 ) -> str:
     return uncovered({"grad": grad, "input": input, "weight": weight})
 
 
 @operator(_forward_uncovered)
 def sparse_linear(
-    input: Tensor, weight: Tensor, structure: Sequence[Tensor], layout: str, bias: Tensor | None
-) -> Tensor:
+    input: Tensor, weight: Tensor, structure: Sequence[Tensor], layout: str, bias: Tensor | None,
+    shape: Sequence[int] | None = None,
+) -> Tensor:  # fmt: skip
     """The operator on GPU tensors."""
     result = fake(input, weight, structure, layout, bias)
     _check(input, weight, structure, layout)
@@ -52,8 +54,9 @@ def sparse_linear(
 
 @operator(_backward_uncovered)
 def sparse_linear_backward(
-    grad: Tensor, input: Tensor, weight: Tensor, structure: Sequence[Tensor], layout: str, needs: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, input: Tensor, weight: Tensor, structure: Sequence[Tensor], layout: str, needs: Sequence[bool],
+    shape: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of input, weight and bias on GPU tensors; one that ``needs`` does not ask for has no elements."""
     results = backward_fake(grad, input, weight, structure, layout, needs)
     _check(input, weight, structure, layout)

@@ -54,8 +54,6 @@ def transposed(structure: Sequence[Tensor], layout: str, shape: Sequence[int], g
     Row: group, then source channel (or block of 4). Column: result channel (or block of 4) within the group, then the
     place in the kernel. Never waits for the device.
     """
-    if tracing.get():
-        return _transpose(structure, layout, shape, groups)
     key = ("transposed", layout, tuple(shape), groups)
     return _once(structure, key, lambda: _transpose(structure, layout, shape, groups))
 

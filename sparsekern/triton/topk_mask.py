@@ -173,7 +173,8 @@ def _write(marks_ptr, mask_ptr, size, n0, n1, n2, t0, t1, t2, AXIS: tl.constexpr
 
 def _loops(score: Tensor) -> tuple[list[int], list[int], list[int]] | None:
     """(sizes, strides of the scores, strides of their mask) of three nested loops over a tensor, or None."""
-    mask = storage_order(score.detach()).stride()
+    # Of a twin without memory.
+    mask = storage_order(torch.empty_strided(score.shape, score.stride(), device="meta")).stride()
     shape, strides = list(score.shape), [list(score.stride()), list(mask)]
     lead = 2 if score.dim() > 1 else 0
     tail = [i for i in range(lead, score.dim()) if shape[i] != 1]

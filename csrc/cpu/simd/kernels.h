@@ -79,6 +79,18 @@ struct SparseRows {
   bool padded;
 };
 
+// `count` pixels for a call of sparse_rows. Row `begin` goes to `out`, rows lie `width` floats apart; `stream`: past
+// the caches, to whole vectors on cache lines. The tile that comes next lies `ahead` floats on, 0 if none does or if it
+// need not be fetched; every `every`-th row fetches what it would read there.
+struct SparseTile {
+  const float* data;
+  int64_t count;
+  float* out;
+  int64_t width;
+  bool stream;
+  int64_t ahead, every;
+};
+
 // Lanes of a vector, and how many vectors of pixels one call of sparse_rows takes for blocks that are tall, and not.
 struct SparseLimits {
   int64_t lanes, tall, flat;
