@@ -3,39 +3,26 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from sparsekern.ops.sparse_kernels import remember, remembered
 from sparsekern.ops.sparse_structure import check_form, check_tensors
 from sparsekern.triton.launch import tracing
 
 BLOCKS = {"unstructured": (1, 1), "1x4": (1, 4), "4x1": (4, 1)}
 """Layout -> (result channels, source channels) of one block."""
-_remembered: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def _version(t: Tensor) -> int:
-    return 0 if t.is_inference() else t._version
 
 
 def _once(structure: Sequence[Tensor], key: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
     """``compute()``, or what it gave for the same tensors, unchanged since, and the same key."""
-    pointers, indices = structure
-    now = (*key, _version(pointers), _version(indices))
-    # Not setdefault, which makes the default each time.
-    found = _remembered.get(indices)
-    if found is None:
-        found = _remembered[indices] = {}
-    holder, result = found.get(now, (lambda: None, None))
-    if holder() is not pointers:
-        result = compute()
-        found[now] = weakref.ref(pointers), result
-    return result
+    found = remembered(structure)
+    if key not in found:
+        remember(found, key, compute())
+    return found[key]
 
 
 def check_structure(structure: Sequence[Tensor], layout: str, shape: Sequence[int], groups: int = 1) -> None:
