@@ -1,6 +1,6 @@
 """Sparse training kernels for PyTorch. See README.md."""
 
-from sparsekern import _library, nn, ops
+from sparsekern import _library, backends, nn, ops
 from sparsekern.batch_norm import reestimate_batch_norm
 from sparsekern.distributions import erk, global_budget, keep_count, uniform
 from sparsekern.flops import dry_run
@@ -38,6 +38,7 @@ from sparsekern.updates import update_schedule
 
 degradation = _library.load_kernels()
 """Empty when the compiled kernels are in use, else the reason why they are not."""
+backends.install()
 
 __version__ = "0.1.0.dev0"
 __all__ = [

@@ -16,9 +16,13 @@ NATIVE: dict[str, str] = {}
 """Name of each operator whose compiled kernel has a schema of its own -> name of that."""
 SERVED_ON_CUDA: dict[str, Callable[..., Any]] = {}
 """Name of each operator that Python serves on CUDA by compiled functions -> how."""
+SETTINGS = ("auto", "cuda", "triton", "reference")
+"""What SPARSEKERN_BACKEND may be."""
 kernels_loaded = False
 cuda_obstacle = "SPARSEKERN_BACKEND=reference is set"
 """Why the CUDA kernels are not in use, '' if they are (which needs no GPU)."""
+cuda_operators: frozenset[str] = frozenset()
+"""The operators that the CUDA library serves."""
 
 
 def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -39,7 +43,8 @@ def define_native(schema: str) -> Any:
 
 def define_cpu(name: str, native: Any, serve: Callable[..., Any]) -> None:
     """Serve operator ``name`` on CPU by the Python function ``serve``, which calls ``native`` where that was built."""
-    _definitions.impl(name, serve, "CPU")
+    if not interpreted():
+        _definitions.impl(name, serve, "CPU")
     NATIVE[name] = native.name().removeprefix("sparsekern::")
 
 
@@ -48,6 +53,11 @@ def define_cuda(native: str, serve: dict[str, Callable[..., Any]]) -> Any:
     _definitions.define(native)
     SERVED_ON_CUDA.update(serve)
     return getattr(torch.ops.sparsekern, native[: native.index("(")]).default
+
+
+def register(name: str, kernel: Callable[..., Any], key: str) -> None:
+    """Serve operator ``name`` on dispatch key ``key`` by a Python function."""
+    _definitions.impl(name, kernel, key)
 
 
 def has_kernel(name: str, key: str) -> bool:
@@ -73,11 +83,16 @@ def zeros_like(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def backend_setting() -> str:
-    """SPARSEKERN_BACKEND: "auto", the default, or "reference", which leaves the compiled kernels alone."""
+    """SPARSEKERN_BACKEND; `sparsekern.backends` says what its values mean."""
     setting = os.environ.get("SPARSEKERN_BACKEND", "auto")
-    if setting not in ("auto", "reference"):
-        raise ValueError(f"SPARSEKERN_BACKEND: got {setting!r}, allowed are auto, reference")
+    if setting not in SETTINGS:
+        raise ValueError(f"SPARSEKERN_BACKEND: got {setting!r}, allowed are {', '.join(SETTINGS)}")
     return setting
+
+
+def interpreted() -> bool:
+    """Whether CPU tensors are to run on interpreted Triton kernels."""
+    return backend_setting() == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def load_kernels() -> str:
@@ -91,14 +106,14 @@ def load_kernels() -> str:
     _definitions.define("advise_huge_pages(Tensor memory) -> ()")
     if backend_setting() == "reference":
         return "SPARSEKERN_BACKEND=reference is set; unset it to use the compiled kernels"
+    if interpreted():
+        return "SPARSEKERN_BACKEND=triton and TRITON_INTERPRET=1 are set, which interprets the GPU kernels; unset them"
     reason = _load()
     if reason:
         warnings.warn(f"{reason}. The slow PyTorch references are used.", RuntimeWarning, stacklevel=3)
-    global cuda_obstacle
+    global cuda_obstacle, cuda_operators
     cuda_obstacle = _load_cuda()
-    if cuda_obstacle and torch.cuda.is_available():
-        text = f"{cuda_obstacle}. GPU tensors take the slow PyTorch references."
-        warnings.warn(text, RuntimeWarning, stacklevel=3)
+    cuda_operators = frozenset(name for name in OPS if has_kernel(name, "CUDA"))
     return reason
 
 
@@ -131,6 +146,8 @@ def _failure_to_load(library: Path) -> str:
 
 def _load_cuda() -> str:
     """Load the CUDA kernels, for which no driver is needed; '' or why GPU tensors do without."""
+    if backend_setting() == "triton":
+        return "SPARSEKERN_BACKEND=triton is set"
     found = sorted(Path(__file__).parent.glob("_cuda*.so"))
     if torch.version.cuda is None:
         return "this torch is built for CPU only"

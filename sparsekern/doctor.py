@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import runpy
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 
 import sparsekern as sk
-from sparsekern import _library
+from sparsekern import _library, backends
 
 VARIABLES = ("SPARSEKERN_BACKEND", "SPARSEKERN_CPU_ISA", "SPARSEKERN_CUDA")
 EXTRAS = {
@@ -25,6 +26,11 @@ EXTRAS = {
     "ffcv": {"ffcv": "ffcv"},
 }
 """Name of each extra -> its modules and their distributions."""
+BACKENDS = {
+    "compiled": "compiled kernel", "cuda": "compiled kernel", "triton": "Triton kernel",
+    "reference": "PyTorch reference (slow)",
+}  # fmt: skip
+"""What `backends.chosen` says -> how the report puts it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,10 +69,11 @@ def degradations() -> list[str]:
     cap = os.environ.get("SPARSEKERN_CPU_ISA")
     if cap in ("scalar", "avx2") and not sk.degradation:
         found.append(f"SPARSEKERN_CPU_ISA={cap} caps the instruction set: unset it for the fastest one")
-    slow = [name for name in sorted(_library.OPS) if not _library.has_kernel(name, "CUDA")]
+    slow = [name for name in sorted(_library.OPS) if backends.chosen(name, "CUDA") == "reference"]
     if torch.cuda.is_available() and slow:
-        why = _library.cuda_obstacle or "this version has none for them"
-        found.append(f"a GPU is visible, but there is no CUDA kernel for {', '.join(slow)}: {why}")
+        why = backends.why_no_gpu_kernels()
+        found.append(f"a GPU is visible, but there is no kernel for {', '.join(slow)}: {why}")
+    found += _gpus_without_code()
     if _module() is None and not sk.degradation:
         why = _library.build_info().get("decisions", {}).get("_C", "it was not built")
         found.append(f"the module _C is missing ({why}); only details of this report are lost")
@@ -109,7 +116,22 @@ def _operators() -> Iterator[tuple[str, str]]:
 
 
 def _backend(name: str, key: str) -> str:
-    return "compiled kernel" if _library.has_kernel(name, key) else "PyTorch reference (slow)"
+    return BACKENDS[backends.chosen(name, key)]
+
+
+def _gpus_without_code() -> Iterator[str]:
+    """The CUDA library is chosen without a look at the GPU; here is the look."""
+    codes = re.findall(r"\b(sm|compute)_(\d+)\b", _library.build_info().get("decisions", {}).get("CUDA", ""))
+    for i in range(torch.cuda.device_count() if _library.cuda_operators else 0):
+        major, minor = torch.cuda.get_device_capability(i)
+        # Machine code serves later chips of its generation, PTX all later ones.
+        numbers = [(kind, *divmod(int(number), 10)) for kind, number in codes]
+        if not any((major, minor) >= (m, n) and (kind == "compute" or major == m) for kind, m, n in numbers):
+            arch = f"{major}.{minor}"
+            yield (
+                f"the CUDA library holds no code for {torch.cuda.get_device_name(i)} ({arch}): set "
+                f"SPARSEKERN_BACKEND=triton, or reinstall with TORCH_CUDA_ARCH_LIST={arch}"
+            )
 
 
 def _extras() -> Iterator[tuple[str, str]]:

@@ -1,77 +1,163 @@
-"""What a compiler made of the CUDA kernels: registers, local memory and machine instructions, without a GPU."""
+"""What a GPU compiler emitted, counted from machine code, and a budget that fails with the kernel and the figure named.
+
+Needs no GPU. cuobjdump and nvdisasm come with the triton wheel or with a CUDA toolkit. A budget is JSON:
+
+    {"KERNEL": {"ARCH": {"FIGURE": "<= 64"}}}
+
+KERNEL is the demangled name without its parameters, ARCH is "sm_90" or "all", FIGURE is one of `FIGURES` and the
+comparison is one of <=, >=, ==. A kernel without a budget, and a budget without its kernel, are breaches too.
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-import os
+import operator
 import re
 import shutil
 import subprocess
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
-CLASSES = {
-    "spills": r"(LDL|STL)\b",
-    "tensor core": r"(HMMA|HGMMA|UTC\w*MMA)\b",
-    "load 16 B": r"LDG\.E.*\.128",
-    "store 16 B": r"STG\.E.*\.128",
-    "async copy": r"LDGSTS",
-    "ldmatrix": r"LDSM",
-    "shared load 16 B": r"LDS\.128",
-    "fma": r"FFMA",
-    "ballot": r"VOTE",
+RESOURCES = {"registers": "REG", "stack": "STACK", "shared": "SHARED", "local": "LOCAL"}
+"""Per thread (registers; bytes of stack and local memory) or per block (bytes of static shared memory)."""
+INSTRUCTIONS = {
+    "tensor_core": r"[HI]MMA|[HIQ]GMMA|UTC\wMMA",
+    "wgmma": r"[HIQ]GMMA|UTC\wMMA",
+    "load": r"LDG\b",
+    "load_128": r"LDG\.E\S*\.128",
+    "store": r"STG\b",
+    "store_128": r"STG\.E\S*\.128",
+    "async_copy": r"LDGSTS",
+    "load_matrix": r"LDSM",
+    "load_shared": r"LDS\b",
+    "load_shared_128": r"LDS\.\S*128",
+    "store_shared": r"STS\b",
+    "spill_load": r"LDL",
+    "spill_store": r"STL",
+    "atomic_global": r"ATOMG?\b|REDG?\b",
+    "atomic_shared": r"ATOMS",
+    "barrier": r"BAR\b",
+    "shuffle": r"SHFL",
+    "vote": r"VOTEU?\b|MATCH",
+    "fma": r"FFMA|DFMA|HFMA2",
+    "division": r"MUFU\.RCP",
+    "instructions": r"(?!NOP)",
 }
-"""Name of a class of instructions -> pattern of its opcodes. LDGSTS is no LDG: it does not go through registers."""
+"""Names of instruction counts, each with what its mnemonics begin with."""
+FIGURES = (*RESOURCES, *INSTRUCTIONS)
+
+_COMPARE = {"<=": operator.le, ">=": operator.ge, "==": operator.eq}
+# An address in a comment, a predicate perhaps, then the mnemonic.
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
+_USAGE = re.compile(r"Function (\S+):\s*\n\s*((?:[A-Z0-9_\[\]]+:\d+\s*)+)")
 
 
-def tool() -> str:
-    """cuobjdump of triton's wheel or of a toolkit, '' without one; nvdisasm lies beside it."""
-    triton = importlib.util.find_spec("triton")
-    folders = [Path(triton.origin).parent / "backends/nvidia/bin"] if triton and triton.origin else []
-    folders += [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")]
-    found = [str(folder / "cuobjdump") for folder in folders if (folder / "cuobjdump").exists()]
-    return found[0] if found else shutil.which("cuobjdump") or ""
+@functools.cache
+def tool(name: str) -> str | None:
+    """The path of cuobjdump or nvdisasm, or None: that of the triton wheel first, whose version fits its compiler."""
+    spec = importlib.util.find_spec("triton")
+    bundled = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name if spec and spec.origin else None
+    return str(bundled) if bundled and bundled.exists() else shutil.which(name)
 
 
-def _run(*arguments: str) -> str:
-    path = os.pathsep.join([str(Path(tool()).parent), os.environ["PATH"]])
-    return subprocess.run(
-        [tool(), *arguments], capture_output=True, text=True, check=True, env={**os.environ, "PATH": path}
-    ).stdout
+def why_not() -> str:
+    """Why there can be no census on this machine, or ''."""
+    return "" if tool("cuobjdump") and tool("nvdisasm") else "no cuobjdump and nvdisasm: pip install triton"
 
 
-def architectures(library: Path) -> dict[str, list[str]]:
-    """Kinds of code in the library ("elf", "ptx") -> architectures."""
+def _run(*command: str, text: str | None = None) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, input=text)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout
+
+
+def _dump(option: str, path: Path, arch: str | None) -> str:
+    # cuobjdump calls nvdisasm from its own folder or PATH; both tools lie together.
+    return _run(str(tool("cuobjdump")), option, *(["-arch", arch] if arch else []), str(path))
+
+
+def _demangled(names: list[str]) -> list[str]:
+    """C++ names without return type and parameters, as written in the source; without c++filt as they are."""
+    if not shutil.which("c++filt") or not names:
+        return names
+    found = _run("c++filt", text="\n".join(names) + "\n").splitlines()
+    return [_base_name(name) for name in found]
+
+
+def _base_name(name: str) -> str:
+    name = name.replace("(anonymous namespace)::", "").removeprefix("void ")
+    depth = 0
+    for i, letter in enumerate(name):  # the parameters open outside of any template argument
+        depth += (letter == "<") - (letter == ">")
+        if letter == "(" and depth == 0:
+            return name[:i]
+    return name
+
+
+def census(path: str | Path, arch: str | None = None) -> dict[str, dict[str, int]]:
+    """Kernel -> figure -> number, of a .cubin, .o or .so; figures that are zero are there too.
+
+    A file with code for several architectures needs ``arch``, such as "sm_90". Raises ValueError if the file holds no
+    kernel for it.
+    """
+    path = Path(path)
+    found: dict[str, dict[str, int]] = {}
+    for match in _USAGE.finditer(_dump("-res-usage", path, arch)):
+        usage = dict(entry.split(":") for entry in match[2].split())
+        found[match[1]] = {figure: int(usage.get(key, 0)) for figure, key in RESOURCES.items()}
+    mnemonics: dict[str, Counter[str]] = defaultdict(Counter)
+    kernel = ""
+    for line in _dump("-sass", path, arch).splitlines():
+        if header := re.match(r"\s*Function : (\S+)", line):
+            kernel = header[1]
+        elif kernel and (match := _INSTRUCTION.match(line)):
+            mnemonics[kernel][match[1]] += 1
+    for name, counts in mnemonics.items():
+        for figure, pattern in INSTRUCTIONS.items():
+            number = sum(n for mnemonic, n in counts.items() if re.match(pattern, mnemonic))
+            found.setdefault(name, {})[figure] = number
+    if not mnemonics:
+        raise ValueError(f"{path} holds no machine code for {arch or 'any architecture'}")
+    names = [name for name in found if name in mnemonics]
+    return dict(zip(_demangled(names), (found[name] for name in names), strict=True))
+
+
+def architectures(path: Path) -> dict[str, list[str]]:
+    """Kinds of code in a library ("elf", "ptx") -> architectures such as "sm_90"."""
     return {
-        kind: sorted(set(re.findall(r"\.(sm_\d+\w?)\.", _run(f"--list-{kind}", str(library)))))
+        kind: sorted(set(re.findall(r"\.(sm_\d+\w?)\.", _dump(f"--list-{kind}", path, None))))
         for kind in ("elf", "ptx")
     }
 
 
-def take(library: Path, architecture: str) -> dict[str, Counter[str]]:
-    """Short name of each kernel -> its figures: "registers", "local" bytes per thread, and each of CLASSES."""
-    usage = _run("-res-usage", "-arch", architecture, str(library))
-    figures: dict[str, Counter[str]] = {}
-    for name, registers, stack, local in re.findall(
-        r"Function (\S+):\s*\n\s*REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage
-    ):
-        figures[name] = Counter({"registers": int(registers), "local": int(stack) + int(local)})
-    kernel = ""
-    for line in _run("-sass", "-arch", architecture, str(library)).splitlines():
-        if found := re.match(r"\s*Function : (\S+)", line):
-            kernel = found[1]
-        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", line):
-            figures[kernel].update(name for name, pattern in CLASSES.items() if re.match(pattern, found[1]))
-    names = subprocess.run(["c++filt"], input="\n".join(figures), capture_output=True, text=True, check=True).stdout
-    return {short(name): found for name, found in zip(names.splitlines(), figures.values(), strict=True)}
+def breaches(
+    found: Mapping[str, Mapping[str, int]], budget: Mapping[str, Mapping[str, Mapping[str, str]]], arch: str
+) -> list[str]:
+    """One sentence for each figure outside its budget; empty if all is well."""
+    said = [f"{kernel} has no budget" for kernel in found if kernel not in budget]
+    for kernel, parts in budget.items():
+        if kernel not in found:
+            said.append(f"{kernel} has a budget and was not compiled for {arch}")
+            continue
+        for figure, rule in {**parts.get("all", {}), **parts.get(arch, {})}.items():
+            compare, limit = rule.split()
+            number = found[kernel].get(figure)
+            if figure not in FIGURES or number is None:
+                said.append(f"{kernel}: the budget names an unknown figure {figure!r}")
+            elif not _COMPARE[compare](number, int(limit)):
+                said.append(f"{kernel} on {arch}: {figure} is {number}, the budget says {rule}")
+    return said
 
 
-def short(name: str) -> str:
-    """A demangled name without return type, namespaces and parameters."""
-    name = re.sub(r"\(anonymous namespace\)::|\b(\w+::)+", "", name.removeprefix("void "))
-    depth = 0
-    for i, letter in enumerate(name):
-        depth += (letter == "<") - (letter == ">")
-        if letter == "(" and not depth:
-            return name[:i]
-    return name
+def table(found: Mapping[str, Mapping[str, int]], figures: tuple[str, ...] = FIGURES) -> str:
+    """The census for reading; figures that are zero everywhere are left out."""
+    shown = [f for f in figures if any(row.get(f) for row in found.values())]
+    width = max((len(name) for name in found), default=0)
+    lines = [" " * width + "".join(f"  {f}" for f in shown)]
+    lines += [
+        name.ljust(width) + "".join(f"  {row.get(f, 0):{len(f)}}" for f in shown) for name, row in sorted(found.items())
+    ]
+    return "\n".join(lines)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import sparsekern as sk
-from sparsekern import _library, cli, doctor
+from sparsekern import _library, backends, cli, doctor
 
 STEP_AND_DOCTOR = """
 import torch, sparsekern as sk
@@ -134,10 +134,11 @@ def test_library_older_than_the_python_code_is_not_trusted(monkeypatch):
 
 def test_a_gpu_without_kernels_is_told_with_the_reason(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(_library, "has_kernel", lambda name, key: key == "CPU")
+    monkeypatch.setattr(_library, "cuda_operators", frozenset())
     monkeypatch.setattr(_library, "cuda_obstacle", "the cat ate nvcc")
+    monkeypatch.setattr(backends, "why_no_triton", lambda: "the dog ate Triton")
     (line,) = [text for text in doctor.degradations() if "GPU is visible" in text]
-    assert "no CUDA kernel for masked_" in line and line.endswith("the cat ate nvcc")
+    assert "no kernel for masked_" in line and line.endswith("the cat ate nvcc and the dog ate Triton")
 
 
 @compiled
@@ -162,7 +163,7 @@ def test_backend_can_be_switched_off_without_a_warning():
 
 def test_unknown_backend_is_refused(monkeypatch):
     monkeypatch.setenv("SPARSEKERN_BACKEND", "fast")
-    with pytest.raises(ValueError, match="SPARSEKERN_BACKEND: got 'fast', allowed are auto, reference"):
+    with pytest.raises(ValueError, match="SPARSEKERN_BACKEND: got 'fast', allowed are auto, cuda, triton, reference"):
         _library.backend_setting()
 
 

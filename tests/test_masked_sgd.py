@@ -167,7 +167,7 @@ def test_known_zero_gives_the_same_result_and_leaves_dead_memory(native, dtype, 
     step(native, *got, **options, known_zero=[True] * len(SIZES))
     step(native, *want, **options)
     torch.testing.assert_close(got, want, rtol=0, atol=0)
-    if density == 0:  # the promise is taken at its word
+    if density == 0 and native != "triton":  # the promise is taken at its word; Triton does not use it
         w = torch.ones(1024, dtype=dtype)  # memory is looked at in stretches of up to so many weights
         args = [w], [w.clone()], [w.clone()], [torch.zeros(128, dtype=torch.uint8)], torch.zeros(1).byte()
         step(native, *args, mu=0.9, known_zero=[True])

@@ -151,20 +151,25 @@ def _pack(masks: Sequence[Tensor], scores: Sequence[Tensor]) -> list[Tensor]:
     return [pack_mask(storage_order(s).copy_(m)) for m, s in zip(masks, scores, strict=True)]
 
 
-def reference(
-    scores: Sequence[Tensor],
-    keep: Sequence[int],
-    global_budget: bool,
-    pattern: str,
-    magnitude: bool,
+def check_lists(
+    scores: Sequence[Tensor], keep: Sequence[int], global_budget: bool, pattern: str,
     candidates: Sequence[Tensor | None],
-) -> tuple[list[Tensor], Tensor]:
-    """Plain PyTorch: (packed masks, status). ``keep`` has one entry if ``global_budget``, else one per tensor, and none
-    for n:m; ``candidates`` is empty or has one entry per tensor."""
+) -> tuple[str, int, int]:  # fmt: skip
+    """The pattern, parsed. ``keep`` must have one entry if ``global_budget``, else one per tensor, and none for n:m;
+    ``candidates`` none or one per tensor."""
     name, n, m = _parse_pattern(pattern)
     wanted = 0 if n else 1 if global_budget else len(scores)
     if len(keep) != wanted or len(candidates) not in (0, len(scores)) or any(k < 0 for k in keep):
         raise ValueError(f"keep={keep} must hold {wanted} counts, candidates 0 or {len(scores)}, got {len(candidates)}")
+    return name, n, m
+
+
+def reference(
+    scores: Sequence[Tensor], keep: Sequence[int], global_budget: bool, pattern: str, magnitude: bool,
+    candidates: Sequence[Tensor | None],
+) -> tuple[list[Tensor], Tensor]:  # fmt: skip
+    """Plain PyTorch: (packed masks, status); `check_lists` says what the lists hold."""
+    name, n, m = check_lists(scores, keep, global_budget, pattern, candidates)
     if not scores:
         return [], torch.zeros((), dtype=torch.int32)
     pairs = [_groups(s, name, magnitude, c) for s, c in zip(scores, candidates or [None] * len(scores), strict=True)]
@@ -186,13 +191,9 @@ def reference(
 
 
 def fake(
-    scores: Sequence[Tensor],
-    keep: Sequence[int],
-    global_budget: bool,
-    pattern: str,
-    magnitude: bool,
+    scores: Sequence[Tensor], keep: Sequence[int], global_budget: bool, pattern: str, magnitude: bool,
     candidates: Sequence[Tensor | None],
-) -> tuple[list[Tensor], Tensor]:
+) -> tuple[list[Tensor], Tensor]:  # fmt: skip
     """Shapes only: they depend on the number of weights and on nothing else."""
     status = torch.empty((), dtype=torch.int32, device=scores[0].device if scores else "cpu")
     return [s.new_empty(((s.numel() + 7) // 8,), dtype=torch.uint8) for s in scores], status
