@@ -9,17 +9,22 @@ from sparsekern.masks import MaskSet
 from sparsekern.methods import (
     ACDC,
     GMP,
+    OBERT,
     SET,
     SRSTE,
+    ST3,
     STEP,
+    STR,
     DenseTraining,
     FixedMask,
     GraNet,
     LotteryTicket,
+    Movement,
     OneShot,
     Powerpropagation,
     RigL,
     RigLITOP,
+    SoftMovement,
     TopKAST,
     planned_masks,
 )
@@ -35,8 +40,8 @@ degradation = _library.load_kernels()
 __version__ = "0.1.0.dev0"
 __all__ = [
     "ACDC", "Dense", "DenseTraining", "FixedMask", "GMP", "GraNet", "LotteryTicket", "MaskSet", "MaskedSGD",
-    "OneShot", "Powerpropagation", "RigL", "RigLITOP", "SET", "SRSTE", "STEP", "Sparse", "TopKAST",
-    "__version__", "acdc_schedule", "constant_lr", "cosine_lr", "degradation", "dry_run", "erk",
-    "global_budget", "keep_count", "linear_lr", "nn", "ops", "planned_masks", "reestimate_batch_norm",
-    "sparsity_report", "uniform", "update_schedule",
+    "Movement", "OBERT", "OneShot", "Powerpropagation", "RigL", "RigLITOP", "SET", "SRSTE", "ST3", "STEP",
+    "STR", "SoftMovement", "Sparse", "TopKAST", "__version__", "acdc_schedule", "constant_lr", "cosine_lr",
+    "degradation", "dry_run", "erk", "global_budget", "keep_count", "linear_lr", "nn", "ops", "planned_masks",
+    "reestimate_batch_norm", "sparsity_report", "uniform", "update_schedule",
 ]  # fmt: skip

@@ -4,18 +4,24 @@ import copy
 
 import pytest
 import torch
-from method_helpers import check_resume, setup
+from method_helpers import check_equal, check_resume, setup
 from method_steps import OPTIMIZERS, batch, iterate, network
 from torch import nn
 
 import sparsekern as sk
-from sparsekern.schedules import PhaseSchedule, PhaseSpan
+from sparsekern.phases import PhaseSchedule, PhaseSpan
+from sparsekern.updates import UpdateSchedule
 
 PHASES = PhaseSchedule((PhaseSpan(0, 2, sk.Dense()), PhaseSpan(2, 8, sk.Sparse(0.8))))
 METHODS = {
     "topkast": lambda: sk.TopKAST(0.8, 0.5, every=2),
     "topkast-power": lambda: sk.TopKAST(0.8, 0.5, alpha=2.0),
     "srste": lambda: sk.SRSTE(),
+    "st3": lambda: sk.ST3(0.8, UpdateSchedule(1, 4, 1, 8)),
+    "st3-sigma": lambda: sk.ST3(0.8, UpdateSchedule(1, 4, 2, 8), sigma=True),
+    "str": lambda: sk.STR(start=-3.0, decay=0.05),
+    "movement": lambda: sk.Movement(0.8, UpdateSchedule(1, 3, 1, 8), momentum=0.5),
+    "soft": lambda: sk.SoftMovement(UpdateSchedule(1, 3, 1, 8), threshold=0.5, penalty=1.0),
     "power": lambda: sk.Powerpropagation(1.5, PHASES),
 }
 every_method = pytest.mark.parametrize("method", METHODS)
@@ -105,6 +111,7 @@ def test_an_overflowed_step_changes_nothing_and_the_scale_is_taken_out(method, k
         scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=100)
         model.eval()  # the skipped batch must not reach batch-norm statistics
         for i in range(5 + (bad is not None)):
+            state = copy.deepcopy(sparsifier.state_dict())
             x, y = batch(i if bad is None or i < bad else i - 1)
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(x), y)
@@ -119,6 +126,8 @@ def test_an_overflowed_step_changes_nothing_and_the_scale_is_taken_out(method, k
                 sparsifier.step()
                 torch.testing.assert_close(sparsifier.masks.state_dict(), before, rtol=0, atol=0)
                 assert sparsifier.position == position + 1
+                if "learned" in state:
+                    check_equal(sparsifier.state_dict()["learned"]["values"], state["learned"]["values"])
         return model
 
     def plain():

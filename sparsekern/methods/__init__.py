@@ -9,15 +9,20 @@ from sparsekern.methods.gmp import GMP
 from sparsekern.methods.granet import GraNet
 from sparsekern.methods.itop import RigLITOP
 from sparsekern.methods.lottery_ticket import LotteryTicket
+from sparsekern.methods.movement import Movement, SoftMovement
+from sparsekern.methods.obert import OBERT
 from sparsekern.methods.one_shot import OneShot
 from sparsekern.methods.powerpropagation import Powerpropagation
 from sparsekern.methods.rigl import RigL
 from sparsekern.methods.set import SET
 from sparsekern.methods.srste import SRSTE
+from sparsekern.methods.st3 import ST3
 from sparsekern.methods.step import STEP
+from sparsekern.methods.str import STR
 from sparsekern.methods.topkast import TopKAST
 
 __all__ = [
-    "ACDC", "DenseTraining", "FixedMask", "GMP", "GraNet", "LotteryTicket", "OneShot", "Powerpropagation",
-    "RigL", "RigLITOP", "SET", "SRSTE", "STEP", "Sparsifier", "TopKAST", "planned_masks",
+    "ACDC", "DenseTraining", "FixedMask", "GMP", "GraNet", "LotteryTicket", "Movement", "OBERT", "OneShot",
+    "Powerpropagation", "RigL", "RigLITOP", "SET", "SRSTE", "ST3", "STEP", "STR", "SoftMovement", "Sparsifier",
+    "TopKAST", "planned_masks",
 ]  # fmt: skip

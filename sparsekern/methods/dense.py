@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sparsekern.methods.held import HeldSparsifier
-from sparsekern.schedules import Dense
+from sparsekern.phases import Dense
 
 
 class DenseTraining(HeldSparsifier):

@@ -106,7 +106,7 @@ class EffectiveSparsifier(Sparsifier):
 
     def kept(self, name: str, weight: Tensor) -> Tensor:
         """The mask of `name` as a bool tensor on the device of `weight`."""
-        return _on(self._kept[name], weight)
+        return to_device(self._kept[name], weight)
 
     def masked(self, name: str, weight: Tensor) -> Tensor:
         """`weight` with zeros where the mask says so, by selection; its gradient passes straight through."""
@@ -166,5 +166,12 @@ class EffectiveSparsifier(Sparsifier):
         return super().finalize()
 
 
-def _on(value: Tensor, weight: Tensor) -> Tensor:
+def to_device(value: Tensor, weight: Tensor) -> Tensor:
+    """`value` on the device of `weight`, which may have moved since."""
     return value if value.device == weight.device else value.to(weight.device)
+
+
+def only_unstructured(pattern: str, why: str) -> None:
+    """Refuse every other pattern with the reason."""
+    if pattern != "unstructured":
+        raise ValueError(f"pattern must be 'unstructured', got {pattern!r}: {why}")

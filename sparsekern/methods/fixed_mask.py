@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sparsekern.methods.held import Constant, HeldSparsifier
-from sparsekern.schedules import Dense, Sparse
+from sparsekern.phases import Dense, Sparse
 
 
 class FixedMask(HeldSparsifier):

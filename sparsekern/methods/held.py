@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparsekern.methods.base import Sparsifier
-from sparsekern.schedules import Phase
+from sparsekern.phases import Phase
 
 
 @dataclass(frozen=True)

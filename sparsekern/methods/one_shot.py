@@ -8,7 +8,7 @@ from sparsekern.distributions import check_sparsity
 from sparsekern.methods.allocation import Allocation
 from sparsekern.methods.held import HeldSparsifier
 from sparsekern.methods.n_of_m import check_n_of_m, is_n_of_m, select_n_of_m
-from sparsekern.schedules import Sparse
+from sparsekern.phases import Sparse
 
 
 class OneShot(HeldSparsifier):

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from sparsekern.methods.allocation import Allocation
 from sparsekern.methods.effective import EffectiveSparsifier
 from sparsekern.methods.held import Constant
-from sparsekern.schedules import Dense, Phase, PhaseSchedule, Sparse
+from sparsekern.phases import Dense, Phase, PhaseSchedule, Sparse
 
 
 class _Power(torch.autograd.Function):

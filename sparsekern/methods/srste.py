@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from sparsekern.methods.effective import EffectiveSparsifier
 from sparsekern.methods.held import Constant
-from sparsekern.methods.intervals import Intervals
 from sparsekern.methods.n_of_m import check_n_of_m, select_n_of_m
-from sparsekern.schedules import Sparse
+from sparsekern.methods.repeated import Repeated
+from sparsekern.phases import Sparse
 
 
-class SRSTE(Intervals, EffectiveSparsifier):
+class SRSTE(Repeated, EffectiveSparsifier):
     """Forward with the n:m mask of the present weights, chosen anew every step; gradients straight through to all.
 
     `decay` c pulls the weights that the mask leaves out towards zero, which keeps masks from flapping: the gradient of
@@ -55,14 +54,3 @@ class SRSTE(Intervals, EffectiveSparsifier):
         for name, weight, gradient in self._masked_gradients():
             gradient.add_(self._scaled(self.decay * weight.masked_fill(self.kept(name, weight), 0)))
         return False
-
-    def _extra_state(self) -> dict[str, Any]:
-        return {"updated": self.updated}
-
-    def _load_extra_state(self, state: Mapping[str, Any]) -> Callable[[], None]:
-        updated = self._check_updated(state)
-
-        def install() -> None:
-            self.updated = updated
-
-        return install

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sparsekern.methods.effective import EffectiveSparsifier
 from sparsekern.methods.n_of_m import check_n_of_m, select_n_of_m
-from sparsekern.schedules import Dense, Phase, PhaseSchedule, PhaseSpan, Sparse
+from sparsekern.phases import Dense, Phase, PhaseSchedule, PhaseSpan, Sparse
 
 
 class STEP(EffectiveSparsifier):

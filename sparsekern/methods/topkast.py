@@ -16,14 +16,14 @@ from torch import Tensor
 from sparsekern.distributions import check_sparsity
 from sparsekern.masks import MaskSet
 from sparsekern.methods.allocation import Allocation
-from sparsekern.methods.effective import EffectiveSparsifier, straight_through
+from sparsekern.methods.effective import EffectiveSparsifier, straight_through, to_device
 from sparsekern.methods.held import Constant
-from sparsekern.methods.intervals import Intervals
 from sparsekern.methods.powerpropagation import change_power, check_alpha, power
-from sparsekern.schedules import Sparse
+from sparsekern.methods.repeated import Repeated
+from sparsekern.phases import Sparse
 
 
-class TopKAST(Intervals, EffectiveSparsifier):
+class TopKAST(Repeated, EffectiveSparsifier):
     """Forward with `sparsity`, training the weights of a mask of `backward_sparsity`; both by magnitude.
 
     Masks are chosen anew every `every` steps (published: 1; 100 reported as fine). `penalty` is the factor of the
@@ -97,7 +97,7 @@ class TopKAST(Intervals, EffectiveSparsifier):
     def _before_step(self) -> bool:
         self._frozen = {}
         for name, weight, gradient in self._masked_gradients():
-            outside = self._outside_of(name, weight)
+            outside = to_device(self._outside[name], weight)
             if self.penalty:
                 # A weight in A counts 1, one in B without A counts 1 / D.
                 factor = torch.where(self.kept(name, weight), self.penalty, self.penalty / (1 - self.sparsity))
@@ -111,26 +111,23 @@ class TopKAST(Intervals, EffectiveSparsifier):
         # Weight decay and old momentum would move what is frozen; copying it back is exact for any optimizer.
         for name, before in self._frozen.items():
             weight = self.masks.parameter(name)
-            outside = self._outside_of(name, weight)
+            outside = to_device(self._outside[name], weight)
             weight.copy_(torch.where(outside, before, weight))
             for buffer in self.momentum(weight):
                 buffer.masked_fill_(outside, 0)
         self._frozen = {}
 
-    def _outside_of(self, name: str, weight: Tensor) -> Tensor:
-        outside = self._outside[name]
-        return outside if outside.device == weight.device else outside.to(weight.device)
-
     def _extra_state(self) -> dict[str, Any]:
-        return {"updated": self.updated, "backward_masks": self.backward_masks.state_dict()}
+        return {**super()._extra_state(), "backward_masks": self.backward_masks.state_dict()}
 
     def _load_extra_state(self, state: Mapping[str, Any]) -> Callable[[], None]:
-        updated = self._check_updated(state)
+        rest = super()._load_extra_state(state)
         # Into a copy first, so that a bad file changes nothing.
         loaded = MaskSet({name: self.masks.parameter(name) for name in self.masks})
         loaded.load_state_dict(state["backward_masks"])
 
         def install() -> None:
-            self.updated, self.backward_masks = updated, loaded
+            rest()
+            self.backward_masks = loaded
 
         return install

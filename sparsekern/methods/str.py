@@ -1,0 +1,86 @@
+"""STR: soft thresholds that are learned, one per layer (arXiv 2002.03231; RAIVNLab/STR).
+
+The forward weight is sign(w) * relu(|w| - sigmoid(t)). Weight decay on t drives the sparsity up: from a very negative
+start, where sigmoid(t) is 0, t rises until its gradient holds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsekern.methods.effective import EffectiveSparsifier, only_unstructured, to_device
+from sparsekern.methods.held import Constant
+from sparsekern.methods.learnables import Learnables, check_number
+from sparsekern.phases import Dense
+
+
+class STR(EffectiveSparsifier):
+    """Trains a threshold per prunable weight. The sparsity is found, not chosen: `decay` and `start` decide it.
+
+    Defaults are those of the published 90.23% ResNet-50 run at learning rate 0.256. The thresholds have an SGD of their
+    own with `momentum`, weight decay `decay` and `lr_ratio` times the learning rate of the model's optimizer, whose
+    weight decay should be `decay` too. A threshold's gradient follows from that of its weight: a clipped or scaled
+    gradient clips or scales both. Patterns other than "unstructured" are refused.
+    """
+
+    def __init__(
+        self,
+        *,
+        start: float = -3200.0,
+        decay: float = 2.251757813e-5,
+        momentum: float = 0.875,
+        lr_ratio: float = 1.0,
+        pattern: str = "unstructured",
+        include: Sequence[str] = (".*",),
+        exclude: Sequence[str] = (),
+    ):
+        only_unstructured(pattern, "STR subtracts a threshold from each weight")
+        self.start = check_number("start", start, -float("inf"))
+        self.decay, self.momentum_factor = check_number("decay", decay), check_number("momentum", momentum)
+        self.lr_ratio = check_number("lr_ratio", lr_ratio)
+        # Until the first thresholds matter it is dense, and nobody knows when that is.
+        self.phase = Dense()
+        super().__init__(Constant(self.phase), include=include, exclude=exclude)
+
+    def timeline(self) -> str:
+        return f"thresholds are learned from sigmoid({self.start:g}) on; the sparsity is what they make it"
+
+    def _begin(self) -> None:
+        starts = {n: torch.full((1,), float(self.start), device=self.masks.parameter(n).device) for n in self.masks}
+        self.learned = Learnables(starts, self.lr_ratio, self.momentum_factor, self.decay)
+
+    def threshold(self, name: str, weight: Tensor) -> Tensor:
+        """sigmoid(t) of that weight, on its device and in its type."""
+        return to_device(self.learned.values[name].detach(), weight).sigmoid().to(weight.dtype)
+
+    def effective(self, name: str, weight: Tensor) -> Tensor:
+        return weight.sign() * (weight.abs() - self.threshold(name, weight)).relu()
+
+    @torch.no_grad()
+    def _before_step(self) -> bool:
+        gradients, first = {}, None
+        for name, weight, gradient in self._masked_gradients():
+            first = weight if first is None else first
+            # The weight's gradient is 0 where the threshold cuts it off, so this sums over the live weights.
+            slope = to_device(self.learned.values[name].detach(), weight).sigmoid()
+            total = (weight.sign() * gradient).sum(dtype=torch.float32)
+            gradients[name] = -(slope * (1 - slope) * total).reshape(1)
+        if first is not None:
+            self.learned.step(self.optimizer, first, gradients)
+        return False
+
+    @torch.no_grad()
+    def _sync_masks(self) -> None:
+        for name in self.masks:
+            weight = self.masks.parameter(name).detach()
+            self.masks.set(name, weight.abs() > self.threshold(name, weight))
+
+    def _extra_state(self) -> dict[str, Any]:
+        return {"learned": self.learned.state_dict()}
+
+    def _load_extra_state(self, state: Mapping[str, Any]) -> Callable[[], None]:
+        return self.learned.prepare(state["learned"])
