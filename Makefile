@@ -2,10 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
-CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CXX_FILES := $(shell find csrc tests/emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile
 
 .venv/installed: requirements-dev.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: apt-get install python3 python3-venv"; exit 1; }
@@ -28,6 +28,23 @@ build: .venv/built  ## set up .venv and compile the kernels
 test: build lint  ## lint and the whole test suite
 	$(BIN)/python -m pytest -q
 
+# Only our own library is instrumented, so the runtimes must be there before Python is: preloaded, libstdc++ among them
+# because AddressSanitizer looks up __cxa_throw at the start. Leaks are not looked for: Python and torch keep memory until
+# the process ends. --capture=sys leaves reports on the terminal. The inputs of the *_long.py tests, 4 GB of unwritten
+# memory, would be copied into memory that is written.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+OPERATOR_TESTS := $(addprefix $(CURDIR)/,$(filter-out %_long.py,$(wildcard tests/test_masked_*.py tests/test_packing.py \
+    tests/test_topk_mask*.py tests/test_sparse_*.py tests/test_bare_operators.py)))
+
+test-sanitize: build  ## operator tests under AddressSanitizer and UndefinedBehaviorSanitizer (g++)
+	@echo "building sparsekern with sanitizers"
+	@CXX=g++ CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" \
+	    $(BIN)/python setup.py -q build --build-base build/sanitize > build/sanitize.log 2>&1 \
+	    || { cat build/sanitize.log; exit 1; }
+	cd build/sanitize/lib* && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	    $(CURDIR)/$(BIN)/python -m pytest -q --capture=sys -p no:cacheprovider $(OPERATOR_TESTS)
+
 demo: build  ## AC/DC training to 95% sparsity on scikit-learn's digits
 	$(BIN)/python -m sparsekern train digits --name demo --overwrite
 
@@ -47,4 +64,4 @@ wheel: .venv/installed  ## a wheel for this Python and platform in dist/
 clean:  ## remove build products, keep .venv and runs
 	rm -rf build dist *.egg-info sparsekern/*.so sparsekern/_build_info.json .venv/built
 
-.PHONY: help build test demo bench lint wheel clean
+.PHONY: help build test test-sanitize demo bench lint wheel clean

@@ -1,12 +1,15 @@
-"""Builds the compiled pieces, both optional: `_ops`, the operators, and `_C`, build information for the doctor.
+"""Builds the compiled pieces, all optional: the operators for CPU (`_ops`) and for CUDA (`_cuda`), and `_C`, build
+information for the doctor.
 
 `_ops` is host code on libtorch's stable ABI and one object per instruction set without torch; it has no Python symbol.
+`_cuda` likewise, with one object per file of kernels.
 What is built and why is printed once and recorded in sparsekern/_build_info.json, which `sparsekern doctor` shows.
 """
 
 import json
 import os
 import platform
+import shlex
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +21,9 @@ sys.path.insert(0, str(Path(__file__).parent / "csrc"))
 import toolchain  # noqa: E402
 
 FLAGS = ["-O3", "-std=c++20", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]
+# -fmad=false: a fused multiply-add is written where it is meant, so that all backends round alike.
+NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Werror=all-warnings"]
+NVCC_FLAGS += ["-Xfatbin=-compress-all"]
 ISA_FLAGS = {"scalar": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -26,10 +32,10 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     ISA_FLAGS["avx512"] += ["-Wno-unknown-warning-option", "-Wno-maybe-uninitialized"]
 
 
-def extensions(cpp, decisions):
+def extensions(cpp, torch_cuda, decisions):
     """What can be built here; `decisions` learns what and why."""
-    decisions["CUDA"] = toolchain.cuda_decision()
     command, about = toolchain.find_compiler()
+    cuda, decisions["CUDA"] = toolchain.cuda_decision(torch_cuda, command)
     decisions["kernels"] = f"{', '.join(ISA_FLAGS)}; {about}" if command else f"none, slow PyTorch references: {about}"
     obstacle = toolchain.module_obstacle() if command else about
     decisions["_C"] = f"none, the doctor shows less: {obstacle}" if obstacle else "built"
@@ -43,6 +49,8 @@ def extensions(cpp, decisions):
     sources = sorted(map(str, Path("csrc/cpu").glob("*.cpp")))
     flags = [*FLAGS, "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     found = [cpp.CppExtension("sparsekern._ops", sources, py_limited_api=True, extra_compile_args=flags)]
+    if cuda:
+        found.append(cuda_extension(cpp, cuda, torch_cuda, flags))
     if not obstacle:
         import pybind11
 
@@ -50,6 +58,19 @@ def extensions(cpp, decisions):
         include = [pybind11.get_include()]
         found.append(Extension("sparsekern._C", ["csrc/module.cpp"], include_dirs=include, extra_compile_args=flags))
     return found
+
+
+def cuda_extension(cpp, cuda, torch_cuda, flags):
+    """The host code of `_cuda`; its kernels are compiled before it is linked."""
+    extension = cpp.CppExtension(
+        "sparsekern._cuda",
+        sorted(map(str, Path("csrc/cuda").glob("*.cpp"))),
+        py_limited_api=True,
+        extra_compile_args=[*flags, "-DUSE_CUDA"],
+        extra_link_args=toolchain.link_arguments(cuda, torch_cuda),
+    )
+    extension.cuda = cuda
+    return extension
 
 
 def build_command(cpp, info):
@@ -74,11 +95,30 @@ def build_command(cpp, info):
             if ext.name == "sparsekern._ops":
                 with ThreadPoolExecutor(int(os.environ["MAX_JOBS"])) as pool:
                     ext.extra_objects += sum(pool.map(self.compile_isa, ISA_FLAGS), [])
+            if ext.name == "sparsekern._cuda":
+                with ThreadPoolExecutor(int(os.environ["MAX_JOBS"])) as pool:
+                    kernels = sorted(Path("csrc/cuda").glob("*.cu"))
+                    ext.extra_objects += pool.map(lambda source: self.compile_kernels(source, ext.cuda), kernels)
             super().build_extension(ext)
 
         def compile_isa(self, isa):
             sources, folder = [f"csrc/cpu/simd/build_{isa}.cpp"], f"{self.build_temp}/{isa}"
             return self.compiler.compile(sources, folder, extra_postargs=FLAGS + ISA_FLAGS[isa])
+
+        def compile_kernels(self, source, cuda):
+            target = Path(self.build_temp, "cuda", source.with_suffix(".o").name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            command = [
+                cuda.nvcc,
+                *NVCC_FLAGS,
+                *cuda.flags,
+                "-ccbin",
+                shlex.split(os.environ["CXX"])[-1],
+                "-c",
+                str(source),
+            ]
+            toolchain.compile_if_changed([*command, "-o", str(target)], target)
+            return str(target)
 
     return Build
 
@@ -99,7 +139,7 @@ def build_arguments():
         raise SystemExit(f"sparsekern build: torch {torch.__version__} found, 2.10 or newer is needed")
     info = {"decisions": {}, "torch": str(torch.__version__), "torch_cuda": torch.version.cuda,
             "python": platform.python_version(), "sources": toolchain.sources_digest()}  # fmt: skip
-    found = extensions(cpp, info["decisions"])
+    found = extensions(cpp, torch.version.cuda, info["decisions"])
     return {"ext_modules": found, "cmdclass": {"build_ext": build_command(cpp, info)}, "distclass": Platform}
 
 

@@ -2,21 +2,25 @@
 
     python -m benchmarks.bench_sparse_conv2d [--quick] [--threads N] [--batch N] [--passes P,P] [--compile]
 
-Candidate: `sk.ops.sparse_conv2d` in float32 with a weight and a structure of random groups; gradients through autograd,
-one at a time. Baseline: the fastest of torch's dense convolution with contiguous and with channels_last operands and,
-with `--compile`, of both through torch.compile (forward only); gradients through autograd too. Losing rows stay in.
+Candidate: `sk.ops.sparse_conv2d` in float32 with a structure of random groups and, column `layout`, an ordinary dense
+weight ("contiguous": what training does) or its kept values ("packed", forward only: what inference does); gradients
+through autograd, one at a time. Baseline: the fastest of torch's dense convolution with contiguous and with
+channels_last operands and, with `--compile`, of both through torch.compile (forward only); gradients through autograd
+too. Losing rows stay in.
 
 Each result must equal the dense convolution with the masked weight to the rounding of a float32 sum, and the gradient
 of weight must be exactly zero off the mask.
 
 `efficiency` = speedup x density. Case `resnet50/all` (without `--quick`) is the sum over the 52 convolutions behind the
-stem, layers of equal shape measured once; its pass "both" is the sum of the three passes. Its IQR is the sum of theirs.
-`--quick`: eight layers; gradients of as many as its time allows. Without it, MobileNetV1's pointwise layers run too.
+stem, layers of equal shape measured once; its pass "both" is the sum of the three passes with the dense weight. Its IQR
+is the sum of theirs. `--quick`: eight layers; gradients of as many as its time allows. Without it, MobileNetV1's
+pointwise layers run too.
 """
 
 import argparse
+import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -61,7 +65,8 @@ Forward = Callable[[Tensor, Tensor], Tensor]
 def contender(forward: Forward, layer: Layer, pass_: str, layout: str = "contiguous") -> Callable[[], Tensor]:
     """A call of one pass of ``forward(input, weight)``; what it does not need is prepared outside."""
     input, weight, grad = (
-        t.detach().clone(memory_format=FORMATS[layout]) for t in (layer.input, layer.weight, layer.grad)
+        t.detach().clone(memory_format=FORMATS[layout] if t.dim() == 4 else torch.contiguous_format)
+        for t in (layer.input, layer.weight, layer.grad)
     )
     if pass_ == "forward":
 
@@ -105,29 +110,34 @@ def check(layer: Layer, pass_: str, mask: Tensor, found: Tensor) -> None:
     torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5 * float(want.abs().amax()))
 
 
+def candidate(layer: Layer, pass_: str, pattern: str, sparsity: float, layout: str) -> tuple[Tensor, Forward]:
+    """A new mask and a call of the sparse operator with it."""
+    mask = random_mask(layer.conv.weight_shape, sparsity, pattern)
+    structure = sk.ops.sparse_structure(mask, pattern)
+    if layout == "packed":
+        layer = replace(layer, weight=structure.pack(layer.weight))
+    return mask, contender(sparse(layer, structure), layer, pass_)
+
+
 def layer_rows(layer: Layer, pass_: str, role: str, compiled: bool) -> Iterator[dict]:
     """All patterns and sparsities of one pass of one layer, in one interleaved run."""
-    masks, candidates = {}, {}
-    for pattern in PATTERNS:
-        for sparsity in SPARSITIES:
-            mask = random_mask(layer.conv.weight_shape, sparsity, pattern)
-            masks[pattern, sparsity] = mask
-            forward = sparse(layer, sk.ops.sparse_structure(mask, pattern))
-            candidates[pattern, sparsity] = contender(forward, layer, pass_)
+    layouts = ("contiguous", "packed") if pass_ == "forward" else ("contiguous",)
+    made = {key: candidate(layer, pass_, *key) for key in itertools.product(PATTERNS, SPARSITIES, layouts)}
+    candidates = {key: run for key, (_, run) in made.items()}
 
     def check_all():
-        for key, run in candidates.items():
-            check(layer, pass_, masks[key], run())
+        for mask, run in made.values():
+            check(layer, pass_, mask, run())
 
     others = baselines(layer, pass_, compiled)
     timings = harness.measure(f"{layer.conv.name} {pass_}", check_all, {**candidates, **others})
     best = harness.fastest(timings, list(others))
-    for (pattern, sparsity), run in candidates.items():
-        mask = masks[pattern, sparsity]
+    for key, (mask, run) in made.items():
+        pattern, sparsity, layout = key
         yield harness.make_row(
-            timings[pattern, sparsity], best, timings[best], bench="sparse_conv2d", case=layer.conv.name, role=role,
+            timings[key], best, timings[best], bench="sparse_conv2d", case=layer.conv.name, role=role,
             backend=harness.backend_of(run), pass_=pass_, pattern=pattern, sparsity=sparsity, dtype="float32",
-            layout="contiguous", batch=len(layer.input), density=int(mask.sum()) / mask.numel(),
+            layout=layout, batch=len(layer.input), density=int(mask.sum()) / mask.numel(),
         )  # fmt: skip
 
 
@@ -148,14 +158,15 @@ def total(rows: list[dict], counts: dict[str, int], pass_: str) -> dict:
 
 
 def totals(rows: list[dict], counts: dict[str, int], passes: list[str]) -> Iterator[dict]:
-    """The sums over ResNet-50 for each pattern and sparsity: each pass, then all three."""
+    """The sums over ResNet-50 for each pattern and sparsity: each pass and layout, then all three passes."""
     for pattern in PATTERNS:
         for sparsity in SPARSITIES:
             chosen = [r for r in rows if (r["pattern"], r["sparsity"]) == (pattern, sparsity) and r["case"] in counts]
             for pass_ in passes:
-                yield total([r for r in chosen if r["pass"] == pass_], counts, pass_)
+                for layout in dict.fromkeys(r["layout"] for r in chosen if r["pass"] == pass_):
+                    yield total([r for r in chosen if (r["pass"], r["layout"]) == (pass_, layout)], counts, pass_)
             if set(passes) == set(PASSES):
-                yield total(chosen, counts, "both")
+                yield total([r for r in chosen if r["layout"] != "packed"], counts, "both")
 
 
 def collect(options: argparse.Namespace) -> Iterator[dict]:

@@ -8,6 +8,7 @@
 - A row has the keys of ROW_KEYS, without those that mean nothing for it. `speedup` = baseline_ms / median_ms;
   `floor_ms`: the time in which this machine moves the bytes that must move, measured in the same run; `efficiency` =
   speedup x density, 1.0 if all of the skipped work became saved time. `role`: goal or info.
+- Freed memory is kept for reuse (`machine.keep_freed_memory`), for all contenders.
 - On a machine with more runnable processes than cores a warning is printed and nothing recorded.
 - `--json FILE` writes {"machine", "rows"}; `--record` appends rows with their machine to benchmarks/results/NAME.csv.
 """
@@ -216,6 +217,7 @@ def run(
         print(f"warning: {busy}")
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads)
+    machine.keep_freed_memory()
     torch.manual_seed(0)
     rows, options.started = [], time.monotonic()
     try:

@@ -51,13 +51,14 @@ def _lines(rows: list[dict[str, str]]) -> list[str]:
 
 
 def _summary(rows: list[dict[str, str]]) -> list[str]:
-    """One line per pass and pattern, a column per sparsity."""
+    """One line per pass, layout of the weight and pattern, a column per sparsity."""
     sparsities = sorted({row["sparsity"] for row in rows}, key=float)
-    lines = ["| pass | pattern | " + " | ".join(sparsities) + " |", "|" + " --- |" * (2 + len(sparsities))]
-    for pass_, pattern in dict.fromkeys((row["pass"], row["pattern"]) for row in rows):
+    lines = ["| pass | weight | pattern | " + " | ".join(sparsities) + " |", "|" + " --- |" * (3 + len(sparsities))]
+    for pass_, layout, pattern in dict.fromkeys((row["pass"], row["layout"], row["pattern"]) for row in rows):
         cells = []
         for sparsity in sparsities:
-            chosen = [r for r in rows if (r["pass"], r["pattern"], r["sparsity"]) == (pass_, pattern, sparsity)]
+            key = pass_, layout, pattern, sparsity
+            chosen = [r for r in rows if (r["pass"], r["layout"], r["pattern"], r["sparsity"]) == key]
             # Sums over the network stand for themselves; layers are what is summarised.
             speedups = [float(r["speedup"]) for r in chosen if not r["case"].endswith("/all")]
             whole = [f"; whole network {float(r['speedup']):.2f}x" for r in chosen if r["case"].endswith("/all")]
@@ -67,7 +68,8 @@ def _summary(rows: list[dict[str, str]]) -> list[str]:
                 cells.append(f"{text}; {slower} of {len(speedups)} slower){''.join(whole)}")
             else:
                 cells.append("".join(whole).removeprefix("; "))
-        lines.append(f"| {pass_} | {pattern} | " + " | ".join(cells) + " |")
+        weight = "packed" if layout == "packed" else "dense"
+        lines.append(f"| {pass_} | {weight} | {pattern} | " + " | ".join(cells) + " |")
     return lines
 
 

@@ -9,6 +9,7 @@ from sparsekern.masks import MaskSet
 from sparsekern.methods import (
     ACDC,
     GMP,
+    METHODS,
     OBERT,
     SET,
     SRSTE,
@@ -26,9 +27,10 @@ from sparsekern.methods import (
     RigLITOP,
     SoftMovement,
     TopKAST,
+    build_method,
     planned_masks,
 )
-from sparsekern.optim import MaskedSGD
+from sparsekern.optim import MaskedAdamW, MaskedSGD
 from sparsekern.phases import Dense, Sparse
 from sparsekern.report import sparsity_report
 from sparsekern.schedules import acdc_schedule
@@ -39,9 +41,10 @@ degradation = _library.load_kernels()
 
 __version__ = "0.1.0.dev0"
 __all__ = [
-    "ACDC", "Dense", "DenseTraining", "FixedMask", "GMP", "GraNet", "LotteryTicket", "MaskSet", "MaskedSGD",
-    "Movement", "OBERT", "OneShot", "Powerpropagation", "RigL", "RigLITOP", "SET", "SRSTE", "ST3", "STEP",
-    "STR", "SoftMovement", "Sparse", "TopKAST", "__version__", "acdc_schedule", "constant_lr", "cosine_lr",
-    "degradation", "dry_run", "erk", "global_budget", "keep_count", "linear_lr", "nn", "ops", "planned_masks",
-    "reestimate_batch_norm", "sparsity_report", "uniform", "update_schedule",
+    "ACDC", "Dense", "DenseTraining", "FixedMask", "GMP", "GraNet", "LotteryTicket", "METHODS", "MaskSet",
+    "MaskedAdamW", "MaskedSGD", "Movement", "OBERT", "OneShot", "Powerpropagation", "RigL", "RigLITOP", "SET",
+    "SRSTE", "ST3", "STEP", "STR", "SoftMovement", "Sparse", "TopKAST", "__version__", "acdc_schedule",
+    "build_method", "constant_lr", "cosine_lr", "degradation", "dry_run", "erk", "global_budget", "keep_count",
+    "linear_lr", "nn", "ops", "planned_masks", "reestimate_batch_norm", "sparsity_report", "uniform",
+    "update_schedule",
 ]  # fmt: skip

@@ -15,6 +15,8 @@ OPS: dict[str, Callable[..., Any]] = {}
 NATIVE: dict[str, str] = {}
 """Name of each operator whose compiled kernel has a schema of its own -> name of that."""
 kernels_loaded = False
+cuda_obstacle = "SPARSEKERN_BACKEND=reference is set"
+"""Why the CUDA kernels are not in use, '' if they are (which needs no GPU)."""
 
 
 def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -27,12 +29,16 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
     return getattr(torch.ops.sparsekern, name)
 
 
-def define_cpu(name: str, schema: str, build: Callable[[Any], Callable[..., Any]]) -> None:
-    """Define the compiled `sparsekern::schema` and serve operator ``name`` on CPU by ``build(compiled)``."""
-    native = schema[: schema.index("(")]
+def define_native(schema: str) -> Any:
+    """Define `sparsekern::schema`, a compiled function that Python code on CPU calls; nothing else serves it."""
     _definitions.define(schema)
-    _definitions.impl(name, build(getattr(torch.ops.sparsekern, native).default), "CPU")
-    NATIVE[name] = native
+    return getattr(torch.ops.sparsekern, schema[: schema.index("(")]).default
+
+
+def define_cpu(name: str, native: Any, serve: Callable[..., Any]) -> None:
+    """Serve operator ``name`` on CPU by the Python function ``serve``, which calls ``native`` where that was built."""
+    _definitions.impl(name, serve, "CPU")
+    NATIVE[name] = native.name().removeprefix("sparsekern::")
 
 
 def has_kernel(name: str, key: str) -> bool:
@@ -70,6 +76,11 @@ def load_kernels() -> str:
     reason = _load()
     if reason:
         warnings.warn(f"{reason}. The slow PyTorch references are used.", RuntimeWarning, stacklevel=3)
+    global cuda_obstacle
+    cuda_obstacle = _load_cuda()
+    if cuda_obstacle and torch.cuda.is_available():
+        text = f"{cuda_obstacle}. GPU tensors take the slow PyTorch references."
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
     return reason
 
 
@@ -78,17 +89,34 @@ def _load() -> str:
     if not found:
         why = build_info().get("decisions", {}).get("kernels", "install a C++ compiler and reinstall")
         return f"sparsekern was installed without its compiled kernels ({why})"
-    try:
-        torch.ops.load_library(str(found[0]))
-    except OSError as error:
-        built = build_info().get("torch", "of an unknown version")
-        return (
-            f"{found[0].name} does not load ({error.__cause__ or error}). It was built with torch {built}, this is "
-            f"torch {torch.__version__}: reinstall with pip install --no-build-isolation --force-reinstall --no-deps"
-        )
+    if failure := _failure_to_load(found[0]):
+        return failure
     torch.ops.sparsekern.cpu_isa()  # an unknown SPARSEKERN_CPU_ISA must fail here, not in the first step
     global kernels_loaded
     kernels_loaded = True
     missing = [name for name in NATIVE if not has_kernel(name, "CPU")]
     kernels_loaded = not missing
     return f"{found[0].name} is older than the Python code, it lacks {', '.join(missing)}; reinstall" if missing else ""
+
+
+def _failure_to_load(library: Path) -> str:
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        built = build_info().get("torch", "of an unknown version")
+        return (
+            f"{library.name} does not load ({error.__cause__ or error}). It was built with torch {built}, this is "
+            f"torch {torch.__version__}: reinstall with pip install --no-build-isolation --force-reinstall --no-deps"
+        )
+    return ""
+
+
+def _load_cuda() -> str:
+    """Load the CUDA kernels, for which no driver is needed; '' or why GPU tensors do without."""
+    found = sorted(Path(__file__).parent.glob("_cuda*.so"))
+    if torch.version.cuda is None:
+        return "this torch is built for CPU only"
+    if not found:
+        why = build_info().get("decisions", {}).get("CUDA", "install CUDA's nvcc and reinstall")
+        return f"sparsekern was installed without its CUDA kernels ({why})"
+    return _failure_to_load(found[0])

@@ -63,8 +63,10 @@ def degradations() -> list[str]:
     cap = os.environ.get("SPARSEKERN_CPU_ISA")
     if cap in ("scalar", "avx2") and not sk.degradation:
         found.append(f"SPARSEKERN_CPU_ISA={cap} caps the instruction set: unset it for the fastest one")
-    if torch.cuda.is_available():
-        found.append("a GPU is visible, but this version has no CUDA kernels: GPU tensors take the slow references")
+    slow = [name for name in sorted(_library.OPS) if not _library.has_kernel(name, "CUDA")]
+    if torch.cuda.is_available() and slow:
+        why = _library.cuda_obstacle or "this version has none for them"
+        found.append(f"a GPU is visible, but there is no CUDA kernel for {', '.join(slow)}: {why}")
     if _module() is None and not sk.degradation:
         why = _library.build_info().get("decisions", {}).get("_C", "it was not built")
         found.append(f"the module _C is missing ({why}); only details of this report are lost")

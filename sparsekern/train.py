@@ -62,10 +62,13 @@ class Run:
         self.steps_per_epoch = math.ceil(len(self.data.labels) / settings.batch)
         self.total_steps = self.steps_per_epoch * settings.epochs
         method = settings.method
-        self.sparsifier = sk.ACDC(
-            method.sparsity, sk.acdc_schedule(settings.epochs, rule=method.rule), pattern=method.pattern,
-            distribution=method.distribution, include=method.include, exclude=method.exclude, reset=method.reset,
-        ).attach(self.model, self.optimizer, self.steps_per_epoch)  # fmt: skip
+        try:
+            self.sparsifier = sk.ACDC(
+                method.sparsity, sk.acdc_schedule(settings.epochs, rule=method.rule), pattern=method.pattern,
+                distribution=method.distribution, include=method.include, exclude=method.exclude, reset=method.reset,
+            ).attach(self.model, self.optimizer, self.steps_per_epoch)  # fmt: skip
+        except ValueError as error:  # a pattern that matches no layer of this network, for one
+            raise recipe.RecipeError(f"method: {error}") from error
         self.choices: dict[str, bool] = {}
         self.layers: list[list[str]] = []
         if settings.accelerate != "off":
@@ -267,7 +270,10 @@ def run(options: argparse.Namespace) -> int:
     """`sparsekern train`: 0 when the run finished, 130 when it was stopped, 2 for an error that it explains."""
     try:
         settings = recipe.resolve(options.recipe, options.overrides)
-        train(settings, Path("runs") / (options.name or Path(options.recipe).stem), options.overwrite)
+        name = options.name or Path(options.recipe).stem
+        if Path(name).name != name:
+            raise RunError(f"--name: given {name!r}, allowed is the name of one folder, which is made below runs/")
+        train(settings, Path("runs") / name, options.overwrite)
     except (recipe.RecipeError, RunError, checkpoint.CheckpointError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

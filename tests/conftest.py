@@ -1,8 +1,13 @@
-"""The `backend` and `native` fixtures: every operator test runs on the reference and on each instruction set here.
+"""The `backend` and `native` fixtures: every operator test runs on the reference, on each instruction set here and on
+the CUDA kernels, emulated. What has no emulated kernel of the operators under test says so in its own fixture.
 
 Uninitialised memory is NaN (or the largest integer) in all tests, so that an element nobody wrote shows.
 """
 
+import zlib
+
+import emulated_cuda
+import emulator
 import pytest
 import torch
 
@@ -27,11 +32,19 @@ def _instruction_sets() -> list[str]:
 
 
 NATIVE = _instruction_sets()
+EMULATED = pytest.param(
+    "emulated-cuda", marks=pytest.mark.skipif(bool(emulator.obstacle()), reason=emulator.obstacle())
+)
 
 
-def _select(name: str):
+def _select(name: str, test: str):
     if name == "reference":
         yield name
+        return
+    if name == "emulated-cuda":
+        # Every test has one of the three orders of threads, always the same.
+        with emulated_cuda.installed(zlib.crc32(test.encode()) % 3):
+            yield name
         return
     before = torch.ops.sparsekern.cpu_isa()
     torch.ops.sparsekern.set_cpu_isa(name)
@@ -39,16 +52,16 @@ def _select(name: str):
     torch.ops.sparsekern.set_cpu_isa(before)
 
 
-@pytest.fixture(params=["reference", *NATIVE])
+@pytest.fixture(params=["reference", *NATIVE, EMULATED])
 def backend(request):
     """Name of the backend under test; a compiled one is selected for the whole test."""
-    yield from _select(request.param)
+    yield from _select(request.param, request.node.name)
 
 
-@pytest.fixture(params=NATIVE)
+@pytest.fixture(params=[*NATIVE, EMULATED])
 def native(request):
     """As `backend`, without the reference, for what is compared with it."""
-    yield from _select(request.param)
+    yield from _select(request.param, request.node.name)
 
 
 @pytest.fixture(autouse=True)

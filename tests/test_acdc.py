@@ -125,16 +125,21 @@ def test_moved_and_cast_after_attach(kind, at):
     assert run(lambda m: m.to(memory_format=torch.channels_last)) == run(lambda m: None)
 
 
-def test_published_momentum_decays_through_a_sparse_phase():
+@pytest.mark.parametrize("reset", ["pruned", "none"])
+def test_published_momentum_decays_through_a_sparse_phase(reset):
     model = network()
     optimizer = sk.MaskedSGD(model.parameters(), lr=0.05, momentum=0.9, momentum_policy="decay")
-    sparsifier = sk.ACDC(0.9, SCHEDULE).attach(model, optimizer, verbose=False)
+    sparsifier = sk.ACDC(0.9, SCHEDULE, reset=reset).attach(model, optimizer, verbose=False)
     iterate(model, optimizer, sparsifier, 0, 3)
     pruned = ~sparsifier.masks.bool("3.weight")
-    before = optimizer.state[model[3].weight]["momentum_buffer"][pruned].clone()
+    buffer = optimizer.state[model[3].weight]["momentum_buffer"]
+    before = buffer[pruned].clone()
     iterate(model, optimizer, sparsifier, 3, 4)
     assert before.all() and not model[3].weight[pruned].any()
-    torch.testing.assert_close(optimizer.state[model[3].weight]["momentum_buffer"][pruned], 0.9 * before)
+    torch.testing.assert_close(buffer[pruned], 0.9 * before)
+    iterate(model, optimizer, sparsifier, 4, 6)
+    assert sparsifier.phase == sk.Dense() and buffer[~pruned].any()
+    assert buffer[pruned].any() == (reset == "none")
 
 
 def test_compiled_model_neither_breaks_nor_recompiles():

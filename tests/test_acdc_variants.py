@@ -111,7 +111,26 @@ def test_bad_input_is_named():
         ({"layer_sparsity": {"first": 2}}, r"layer_sparsity\['first'\] must be"),
         ({"layer_sparsity": {"stem": 0.0}}, "layer_sparsity: 'stem' matches none"),
         ({"layer_sparsity": {"depthwise": 0.0}}, "layer_sparsity: 'depthwise' matches none"),
-        ({"pattern": "2:4"}, "pattern must be one of"),
+        ({"pattern": "2:4"}, "sparsity must be 0.5 or left out with pattern"),
+        ({"pattern": "1:10", "first_sparsity": 0.8}, "first_sparsity, dense_sparsity: must be left out"),
+        ({"pattern": "1:10", "dense_sparsity": 0.2}, "first_sparsity, dense_sparsity: must be left out"),
+        ({"pattern": "1:10", "distribution": "erk"}, "distribution must be one of"),
+        ({"pattern": "1:10", "layer_sparsity": {"first": 0.8}}, r"layer_sparsity\['first'\] must be 0 with pattern"),
+        ({"pattern": "4:1"}, "pattern must be n:m with 1 <= n <= m"),
     ]:
         with pytest.raises(ValueError, match=words):
             setup(**kwargs)
+
+
+def test_n_of_m_sparse_phases_with_a_dense_first_layer():
+    model, optimizer = network(), OPTIMIZERS["masked"]
+    optimizer = optimizer(model.parameters())
+    sparsifier = sk.ACDC(0.5, sk.acdc_schedule(2), pattern="2:4", layer_sparsity={"first": 0.0})
+    sparsifier.attach(model, optimizer, 8, verbose=False)
+    for i in range(16):
+        iterate(model, optimizer, sparsifier, i, i + 1)
+        assert sparsifier.masks.density("0.weight") == 1
+        for name in ("3.weight", "5.weight"):
+            mask = sparsifier.masks.bool(name)
+            live = mask.unflatten(1, (-1, 4)).sum(2)
+            assert bool((live == (2 if sparsifier.phase == sk.Sparse(0.5) else 4)).all())

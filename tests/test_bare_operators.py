@@ -40,16 +40,40 @@ def test_masked_sgd(call, changes, message):
     assert all(t.eq(1).all() for t in TWO)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"grads": [ONE]}, "grads"),
+        ({"exp_avg": [ONE]}, "exp_avg"),
+        ({"exp_avg_sq": []}, "exp_avg_sq"),
+        ({"masks": [None]}, "masks"),
+        ({"steps": torch.zeros(1)}, "steps"),
+        ({"known_zero": [1]}, "known_zero"),
+    ],
+)
+def test_masked_adamw(call, changes, message):
+    operands = {"params": TWO, "grads": [ONE, ONE], "exp_avg": TWO, "exp_avg_sq": TWO, "masks": NO_MASKS}
+    hyper = dict(lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0, maximize=False)
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        call("masked_adamw_", **{**operands, "steps": torch.zeros(2), **hyper, **changes})
+    assert all(t.eq(1).all() for t in TWO)
+
+
 @pytest.mark.skipif(bool(sk.degradation), reason="the reference takes any strides")
 @pytest.mark.parametrize("view", [lambda t: t[::2], lambda t: t[:1].expand(4), lambda t: t.view(2, 4)[:, :2]])
-def test_masked_sgd_writes_nothing_outside_a_parameter(view):
+def test_masked_steps_write_nothing_outside_a_parameter(view):
     base = torch.ones(8)
     w = view(base)
-    operands = [w], [w.detach()], [w.detach()], [None], BITS
+    rest = [w.detach()]
     with pytest.raises(RuntimeError, match=r"params\[0\] must fill its memory"):
         OPERATORS.masked_sgd_(
-            *operands, lr=0.1, mu=0.9, dampening=0.0, weight_decay=0.0, nesterov=False, maximize=False,
-            momentum_policy="mask",
+            [w], rest, rest, [None], BITS, lr=0.1, mu=0.9, dampening=0.0, weight_decay=0.0, nesterov=False,
+            maximize=False, momentum_policy="mask",
+        )  # fmt: skip
+    with pytest.raises(RuntimeError, match=r"params\[0\] must fill its memory"):
+        OPERATORS.masked_adamw_(
+            [w], rest, rest, rest, [None], torch.zeros(1), lr=0.1, beta1=0.9, beta2=0.9, eps=0.0, weight_decay=0.0,
+            maximize=False,
         )  # fmt: skip
     assert base.eq(1).all()
 

@@ -9,7 +9,15 @@ import pytest
 import torch
 
 import sparsekern as sk
-from benchmarks import bench_masked_sgd, bench_sparse_conv2d, bench_topk_mask, harness, networks, table
+from benchmarks import (
+    bench_masked_sgd,
+    bench_sparse_conv2d,
+    bench_topk_mask,
+    bench_training,
+    harness,
+    networks,
+    table,
+)
 
 BENCHES = {"masked_sgd": bench_masked_sgd, "topk_mask": bench_topk_mask, "sparse_conv2d": bench_sparse_conv2d}
 NUMBERS = ("sparsity", "median_ms", "iqr_ms", "baseline_ms", "speedup", "floor_ms", "efficiency")
@@ -45,6 +53,27 @@ def test_smoke_rows_have_the_schema(bench, tmp_path, capsys):
     assert {0.9, 0.95, 0.98} <= {row["sparsity"] for row in stored["rows"]}
     assert {"unstructured", "4x1", "1x4"} <= {row["pattern"] for row in stored["rows"]}
     assert len(capsys.readouterr().out.splitlines()) == len(stored["rows"]) + 3
+
+
+def test_training_rows_say_where_a_step_spends_its_time(tmp_path):
+    rows = bench_training.main(["--smoke", "--threads", "1"])
+    assert all(row["bench"] == "training" and row["batch"] == 2 for row in rows)
+    for pattern in bench_training.PATTERNS:
+        for sparsity in bench_training.SPARSITIES:
+            chosen = [r for r in rows if (r.get("pattern"), r.get("sparsity")) == (pattern, sparsity)]
+            assert [r["case"].removeprefix("resnet50/") for r in chosen] == [
+                "step", "mask update", "step/convolution", "step/batch-norm", "step/optimizer", "step/rest"
+            ]  # fmt: skip
+            assert all(r["speedup"] > 0 for r in chosen[:2]) and all(r["median_ms"] > 0 for r in chosen)
+
+
+def test_training_refuses_wrong_gradients(monkeypatch):
+    layers = bench_training.sk.nn.acceleration
+    right = layers.run_sparse
+    monkeypatch.setattr(layers, "measured_choice", lambda *_: True)
+    monkeypatch.setattr(layers, "run_sparse", lambda module, s, x, w, b: right(module, s, x, w * 1.5, b))
+    with pytest.raises(harness.WrongResult, match="resnet50/step"):
+        bench_training.main(["--smoke", "--threads", "1", "--patterns", "4x1"])
 
 
 # Taken before a test replaces them.
@@ -217,6 +246,6 @@ def test_table_shows_the_last_run_and_its_losing_rows(tmp_path):
         ]  # fmt: skip
         harness.record("sparse_conv2d", rows, {**where, "commit": commit}, tmp_path)
     text = table.render(tmp_path)
-    assert "| forward | 4x1 | 1.12x (0.25 to 2.00; 1 of 2 slower); whole network 0.50x |" in text
+    assert "| forward | dense | 4x1 | 1.12x (0.25 to 2.00; 1 of 2 slower); whole network 0.50x |" in text
     assert "commit new" in text and "old" not in text
     assert "3 of 3 rows noisy" in text and "3 of 3 rows run the plain PyTorch reference" in text

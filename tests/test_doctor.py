@@ -60,10 +60,12 @@ def test_names_versions_backends_and_instruction_set(capsys):
     assert cli.main(["doctor"]) == 0
     report = capsys.readouterr().out
     assert torch.__version__ in row(report, "torch") and sk.__version__ in row(report, "sparsekern")
-    assert row(report, "masked_sgd_").startswith("CPU: compiled kernel, GPU: PyTorch reference")
+    gpu = "PyTorch reference" if _library.cuda_obstacle else "compiled kernel"
+    assert row(report, "masked_sgd_").startswith(f"CPU: compiled kernel, GPU: {gpu}")
     assert row(report, "topk_mask").startswith("CPU: compiled kernel")
     assert f"kernels use     {torch.ops.sparsekern.cpu_isa()}" in report
-    assert "scalar" in row(report, "kernels") and "SPARSEKERN_CUDA=" in row(report, "CUDA")
+    assert "scalar" in row(report, "kernels")
+    assert row(report, "CUDA") == _library.build_info()["decisions"]["CUDA"]
 
 
 def test_extras_are_those_of_the_package_each_with_its_cure(monkeypatch):
@@ -130,6 +132,28 @@ def test_library_older_than_the_python_code_is_not_trusted(monkeypatch):
     assert not _library.kernels_loaded and not _library.has_kernel("masked_sgd_", "CPU")
 
 
+def test_a_gpu_without_kernels_is_told_with_the_reason(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_library, "has_kernel", lambda name, key: key == "CPU")
+    monkeypatch.setattr(_library, "cuda_obstacle", "the cat ate nvcc")
+    (line,) = [text for text in doctor.degradations() if "GPU is visible" in text]
+    assert "no CUDA kernel for masked_" in line and line.endswith("the cat ate nvcc")
+
+
+@compiled
+@pytest.mark.skipif(torch.version.cuda is None, reason="needs a torch with CUDA")
+def test_cuda_library_that_does_not_load_leaves_the_others(unbuilt):
+    for name in ("_ops", "_cuda"):
+        (library,) = (ROOT / "sparsekern").glob(f"{name}*.so") if name == "_ops" else [Path(f"{name}.abi3.so")]
+        target = unbuilt / "sparsekern" / library.name
+        target.write_bytes(library.read_bytes() if name == "_ops" else b"no library")
+    text = "import sparsekern as sk; print(sk._library.cuda_obstacle)"
+    result = python(unbuilt, "-c", f"{text}; print(repr(sk.degradation))")
+    for library in (unbuilt / "sparsekern").glob("*.so"):
+        library.unlink()
+    assert "_cuda.abi3.so does not load" in result.stdout and result.stdout.endswith("''\n"), result.stderr
+
+
 def test_backend_can_be_switched_off_without_a_warning():
     result = step_and_doctor(ROOT, SPARSEKERN_BACKEND="reference")
     assert row(result.stdout, "masked_sgd_").startswith("CPU: PyTorch reference")
@@ -140,6 +164,13 @@ def test_unknown_backend_is_refused(monkeypatch):
     monkeypatch.setenv("SPARSEKERN_BACKEND", "fast")
     with pytest.raises(ValueError, match="SPARSEKERN_BACKEND: got 'fast', allowed are auto, reference"):
         _library.backend_setting()
+
+
+@compiled
+def test_instruction_set_is_capped():
+    result = step_and_doctor(ROOT, SPARSEKERN_CPU_ISA="scalar")
+    assert "kernels use     scalar" in result.stdout
+    assert "SPARSEKERN_CPU_ISA=scalar caps" in result.stdout.split("degradations")[1]
 
 
 @compiled

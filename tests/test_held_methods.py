@@ -141,8 +141,8 @@ def test_bad_input_is_named_and_changes_nothing():
         sk.LotteryTicket(0.9, initial=3)
     with pytest.raises(ValueError, match="sparsity must be 0.5 or left out"):
         sk.OneShot(0.9, pattern="2:4")
-    with pytest.raises(ValueError, match="fixes the sparsity of every layer"):
-        sk.OneShot(pattern="2:4", layer_sparsity={"first": 0.0})
+    with pytest.raises(ValueError, match=r"layer_sparsity\[.*\] must be 0 with pattern"):
+        sk.OneShot(pattern="2:4", layer_sparsity={"first": 0.2})
     with pytest.raises(ValueError, match="pattern must be"):
         sk.OneShot(0.9, pattern="8x1")
     with pytest.raises(TypeError, match="sparsity must be a number"):

@@ -6,6 +6,7 @@ The builds run on a copy of the sources with a pretended compiler, which takes s
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 COMPILER = f"""#!{sys.executable}
@@ -25,7 +27,7 @@ if "-o" not in arguments:
     sys.exit(print("pretended 1.0") or os.environ.get("PRETEND_OLD"))
 out = Path(arguments[arguments.index("-o") + 1])
 out.write_text("")
-sources = [a for a in arguments if a.endswith(".cpp")]
+sources = [a for a in arguments if a.endswith((".cpp", ".cu"))]
 for source in map(Path, sources):
     with open(Path(__file__).with_name("log"), "a") as log:
         log.write(source.name + "\\n")
@@ -38,11 +40,33 @@ for source in map(Path, sources):
         sys.exit(f"{{source.name}}:1: pretended error")
 """
 
+NVCC = f"""#!{sys.executable}
+# As COMPILER, for kernels.
+import os, sys
+from pathlib import Path
+
+arguments = sys.argv[1:]
+if "--version" in arguments:
+    sys.exit(print("release " + os.environ.get("PRETEND_CUDA", "13.0") + ", V1"))
+if "--list-gpu-code" in arguments:
+    sys.exit(print("sm_80 sm_90"))
+if os.environ.get("PRETEND_NVCC_ERROR"):
+    sys.exit("unsupported GNU version")
+out = Path(arguments[arguments.index("-o") + 1])
+out.write_text("")
+source = Path(arguments[arguments.index("-c") + 1])
+if "-MF" in arguments:
+    Path(arguments[arguments.index("-MF") + 1]).write_text(f"{{out}}: {{source}} \\\\\\n  csrc/cuda/device.cuh\\n")
+    with open(Path(__file__).parents[2] / "log", "a") as log:
+        log.write(source.name + "\\n")
+"""
+
 
 @pytest.fixture
 def toolchain():
     spec = importlib.util.spec_from_file_location("toolchain", ROOT / "csrc/toolchain.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules["toolchain"] = module  # where dataclasses look for it
     spec.loader.exec_module(module)
     return module
 
@@ -58,9 +82,10 @@ def tree(tmp_path_factory):
         shutil.copytree(ROOT / name, folder / name, ignore=ignore)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
-    compiler = folder / "compiler"
-    compiler.write_text(COMPILER)
-    compiler.chmod(0o755)
+    for compiler, text in ((folder / "compiler", COMPILER), (folder / "cuda/bin/nvcc", NVCC)):
+        compiler.parent.mkdir(parents=True, exist_ok=True)
+        compiler.write_text(text)
+        compiler.chmod(0o755)
     return folder
 
 
@@ -70,6 +95,7 @@ def build(tree, **env):
     log.unlink(missing_ok=True)
     cxx = str(tree / "compiler")
     tools = {"CXX": cxx, "LDSHARED": cxx, "LDCXXSHARED": cxx, "MAX_JOBS": "2", "TORCH_DONT_CHECK_COMPILER_ABI": "1"}
+    tools |= {"SPARSEKERN_CUDA": "off", "CUDA_HOME": str(tree / "cuda")}
     result = subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--inplace"],
         cwd=tree, capture_output=True, text=True, env={**os.environ, **tools, **env},
@@ -107,10 +133,68 @@ def test_a_compile_error_stops_the_build(tree):
     assert result.returncode != 0 and "pretended error" in result.stdout + result.stderr
 
 
+needs_cuda = pytest.mark.skipif(torch.version.cuda is None, reason="needs a torch with CUDA")
+
+
+@needs_cuda
 def test_cuda_that_is_required_stops_the_build(tree):
-    result, compiled = build(tree, SPARSEKERN_CUDA="require")
+    result, compiled = build(tree, SPARSEKERN_CUDA="require", CUDA_HOME=str(tree / "nowhere"))
     assert result.returncode != 0 and not compiled
-    assert "SPARSEKERN_CUDA=require: this version has no CUDA kernels" in result.stderr
+    assert "SPARSEKERN_CUDA=require: no nvcc found (looked in" in result.stderr and "set CUDA_HOME" in result.stderr
+
+
+@needs_cuda
+def test_kernels_are_built_by_nvcc_and_again_when_a_header_changes(tree):
+    cuda = {"SPARSEKERN_CUDA": "auto", "PRETEND_CUDA": torch.version.cuda}
+    result, compiled = build(tree, **cuda)
+    assert result.returncode == 0, result.stdout + result.stderr
+    kernels = names(tree, "csrc/cuda/*.cu")
+    assert kernels and set(kernels + names(tree, "csrc/cuda/*.cpp")) <= set(compiled)
+    assert (tree / "sparsekern/_cuda.abi3.so").exists()
+    decision = json.loads((tree / "sparsekern/_build_info.json").read_text())["decisions"]["CUDA"]
+    assert decision == f"sm_80, sm_90,compute_90; CUDA {torch.version.cuda} in {tree / 'cuda'}"
+    assert not [name for name in build(tree, **cuda)[1] if name.endswith(".cu")]
+    header = tree / "csrc/cuda/device.cuh"
+    header.write_text(header.read_text() + "\n// changed\n")
+    assert set(kernels) <= set(build(tree, **cuda)[1])
+    (tree / "sparsekern/_cuda.abi3.so").unlink()
+
+
+@needs_cuda
+@pytest.mark.parametrize(
+    ("pretend", "reason"),
+    [
+        ({"PRETEND_CUDA": "11.8"}, "but .* has 11.8; point CUDA_HOME"),
+        ({"PRETEND_NVCC_ERROR": "1"}, "cannot compile a small kernel \\(unsupported GNU version\\); set CXX"),
+    ],
+)
+def test_an_nvcc_that_does_not_fit_gives_the_cpu_build_and_says_why(toolchain, tree, monkeypatch, pretend, reason):
+    monkeypatch.setenv("CUDA_HOME", str(tree / "cuda"))
+    for name, value in {"PRETEND_CUDA": torch.version.cuda, **pretend}.items():
+        monkeypatch.setenv(name, value)
+    found, about = toolchain.cuda_decision(torch.version.cuda, "c++")
+    assert found is None and about.startswith("none (SPARSEKERN_CUDA=auto), GPU tensors take slower paths: ")
+    assert re.search(reason, about), about
+
+
+def test_a_torch_for_cpu_gets_no_cuda_kernels(toolchain, monkeypatch):
+    monkeypatch.delenv("SPARSEKERN_CUDA", raising=False)
+    assert "built for CPU only" in toolchain.cuda_decision(None, "c++")[1]
+    monkeypatch.setenv("SPARSEKERN_CUDA", "require")
+    with pytest.raises(SystemExit, match="SPARSEKERN_CUDA=require: this torch is built for CPU only"):
+        toolchain.cuda_decision(None, "c++")
+
+
+def test_architectures_are_those_of_torch_or_a_sensible_list(toolchain, monkeypatch):
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    assert toolchain.architecture_flags({75, 80, 86, 90}) == (
+        "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"
+    )  # fmt: skip
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6 9.0a+PTX")
+    assert toolchain.architecture_flags({80})[1] == "-gencode=arch=compute_90a,code=[sm_90a,compute_90a]"
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
+    with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST: got 'Hopper'"):
+        toolchain.architecture_flags({80})
 
 
 def test_without_a_compiler_it_installs_says_so_and_works(tree, tmp_path):
@@ -142,16 +226,15 @@ def test_wheel_has_the_command_and_every_package(tree):
     assert all((folder / "__init__.py").exists() for folder in folders), "setuptools would leave a folder out"
 
 
-@pytest.mark.parametrize("wish", ["auto", "off", ""])
-def test_cuda_decision_names_the_wish(toolchain, monkeypatch, wish):
-    monkeypatch.setenv("SPARSEKERN_CUDA", wish) if wish else monkeypatch.delenv("SPARSEKERN_CUDA", raising=False)
-    assert f"SPARSEKERN_CUDA={wish or 'auto'}" in toolchain.cuda_decision()
+def test_cuda_can_be_left_out(toolchain, monkeypatch):
+    monkeypatch.setenv("SPARSEKERN_CUDA", "off")
+    assert toolchain.cuda_decision("13.0", "c++") == (None, "none (SPARSEKERN_CUDA=off)")
 
 
 def test_unknown_cuda_wish_is_refused(toolchain, monkeypatch):
     monkeypatch.setenv("SPARSEKERN_CUDA", "yes")
     with pytest.raises(SystemExit, match="got 'yes', allowed are auto, require, off"):
-        toolchain.cuda_decision()
+        toolchain.cuda_decision("13.0", "c++")
 
 
 def test_a_compiler_that_is_too_old_stops_the_build(toolchain, tree, monkeypatch):

@@ -24,7 +24,8 @@ def pruned_weight():
 
 @pytest.mark.parametrize(
     "write",
-    ["weight", "momentum", "load", "mask", "masks", "data and set_masks", "new data", "state", "found_inf"],
+    ["weight", "momentum", "load", "mask", "masks", "data and set_masks", "new data", "transposed", "state", "alias"]
+    + ["found_inf"],
 )
 def test_pruned_entries_written_from_outside_become_zero_again(write):
     w, keep, optimizer = pruned_weight()
@@ -49,8 +50,12 @@ def test_pruned_entries_written_from_outside_become_zero_again(write):
             optimizer.set_masks(optimizer.masks)
         elif write == "new data":
             w.data = torch.ones(64, 64)
+        elif write == "transposed":
+            w.data = w.data.t()  # same address
         elif write == "state":
             optimizer.state[w]["momentum_buffer"] = torch.ones(64, 64)
+        elif write == "alias":
+            optimizer.state[w]["momentum_buffer"] = buffer.data.add_(1)  # same memory, a counter of its own
         elif write == "found_inf":
             w.fill_(1)
             optimizer.found_inf = torch.ones(())
@@ -64,7 +69,7 @@ def test_pruned_entries_written_from_outside_become_zero_again(write):
 
 
 def test_dead_memory_is_left_alone_once_it_is_zero(monkeypatch):
-    import sparsekern.optim as implementation
+    import sparsekern.masked_optimizer as implementation
 
     seen = []
     original = implementation.launch

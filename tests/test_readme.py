@@ -23,7 +23,7 @@ def test_examples_run(capsys):
 
 
 def test_recipe_arguments_are_valid():
-    lines = re.findall(r"sparsekern train (\w+)(?![-.\w])((?: [\w.]+=\S+)*)", README)
+    lines = re.findall(r"sparsekern train (\w+)(?![-.\w])(?: --name \w+)?((?: [\w.]+=[\w.-]+)*)", README)
     assert len(lines) >= 2
     for name, overrides in lines:
         recipe.resolve(name, overrides.split())

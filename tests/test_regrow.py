@@ -1,6 +1,7 @@
 """RigL, SET, RigL-ITOP and GraNet: which weights an update drops and grows, counts, momentum, resume, overflow."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -96,10 +97,30 @@ def test_drop_fraction_follows_the_cosine():
     assert found == [0.3, 0.25607, 0.15, 0.04393, 0]
 
 
+@pytest.mark.parametrize("name", ["rigl", "itop", "granet"])
+def test_counts_are_rounded_as_published(name):
+    """google-research/rigl rounds down, the codes of ITOP and GraNet up."""
+    found = setup(name, schedule=UpdateSchedule(1, 11, 5, 12), distribution="uniform", drop_fraction=0.1,
+                  last_fraction=0.1, **({"initial": 0.8} if name == "granet" else {}))  # fmt: skip
+    before = {n: found[2].masks.bool(n) for n in found[2].masks}
+    for p in found[0].parameters():  # growth is told apart from what is dropped
+        p.grad = torch.ones_like(p)
+    for n, mask in before.items():
+        found[2].masks.parameter(n).grad.masked_fill_(mask, 0)
+    found[1].step()
+    if name == "rigl":
+        found[2].step()
+        found[1].step()
+    gone = [int((before[n] & ~found[2].masks.bool(n)).sum()) for n in before]
+    live = [int(mask.sum()) for mask in before.values()]
+    assert gone == [(math.floor if name == "rigl" else math.ceil)(0.1 * count) for count in live]
+    assert any(0.1 * count % 1 for count in live)
+
+
 @pytest.mark.parametrize("name", ["itop", "granet"])
 def test_published_intervals_and_those_of_short_runs(name):
     sparsifier = setup(name, schedule=sk.update_schedule(total_steps=1_000_000))[2]
-    assert sparsifier.schedule.every == 4000 and sparsifier.schedule.stop == 1_000_000
+    assert sparsifier.schedule.every == 4000 and sparsifier.schedule.steps()[-1] == 996_000
     assert sparsifier.fraction(0) == 0.5 and sparsifier.fraction(1_000_000) == pytest.approx(0.005)
     assert setup(name, schedule=sk.update_schedule(total_steps=500))[2].schedule.every == 20
     assert setup(name, schedule=sk.update_schedule(total_steps=500, every=100))[2].schedule.every == 100

@@ -74,6 +74,21 @@ def test_conv2d_agrees_with_float64_on_any_number_of_threads(native, case, patte
             assert found.is_contiguous(memory_format=LAST if last else torch.contiguous_format)
 
 
+@pytest.mark.parametrize("size", [64, 63])  # rows of whole cache lines, and not
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_conv2d_beyond_the_caches(native, size, pattern, threads):
+    """Large enough for results that go past the caches and for tiles that are fetched ahead."""
+    x, w = torch.randn(17, 16, size, size), torch.randn(32, 16, 1, 1)
+    mask = block_mask(w.shape, pattern, 0.7)
+    s = sk.ops.sparse_structure(mask, pattern)
+    exact = torch.nn.functional.conv2d(x.double(), torch.where(mask, w, 0).double())
+    threads(1)
+    found = sk.ops.sparse_conv2d(x, w, s)
+    assert_close(found, exact, 16)
+    threads(3)
+    assert torch.equal(found, sk.ops.sparse_conv2d(x, w, s))
+
+
 @pytest.mark.parametrize("rows", [1, 16, 250])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_linear_agrees_with_float64_on_any_number_of_threads(native, rows, pattern, threads):

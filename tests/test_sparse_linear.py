@@ -44,6 +44,23 @@ def test_equals_dense(pattern, sparsity, outputs, inputs, lead):
         assert not found[2][~mask].any()
 
 
+@pytest.mark.parametrize("lead", [(3,), (2, 0), (2, 3)])
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
+def test_float32_gradients_of_some_operands(wanted, lead):
+    """The compiled kernels and an operand that needs none, such as the input of the first layer."""
+    mask = block_mask((8, 12), "4x1", 0.5)
+    structure = sk.ops.sparse_structure(mask, "4x1")
+    operands = [torch.randn(*lead, 12), torch.where(mask, torch.randn(8, 12), 0), torch.randn(8)]
+    expected = run(lambda x, w, b: torch.nn.functional.linear(x, torch.where(mask, w, 0), b), *operands)[1:]
+    leaves = [t.clone().requires_grad_(i in wanted) for i, t in enumerate(operands)]
+    result = sk.ops.sparse_linear(leaves[0], leaves[1], structure, leaves[2])
+    result.backward(torch.linspace(-1, 1, result.numel()).reshape(result.shape))
+    for i, leaf in enumerate(leaves):
+        assert (leaf.grad is None) == (i not in wanted)
+        if i in wanted:
+            torch.testing.assert_close(leaf.grad, expected[i])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_dtypes(dtype):
     mask = block_mask((8, 12), "1x4", 0.5)
@@ -139,7 +156,8 @@ def test_errors_name_the_argument():
         (ValueError, "bias has shape", (x, w, s, x[0])),
         (ValueError, "input has shape", (x[:, :7], w, s)),
         (ValueError, "structure is for a weight", (x, w[:3], s)),
-        (ValueError, "weight has 1 dim", (x, w[0], s)),
+        (ValueError, "weight has 8 packed values: expected 32", (x, w[0], s)),
+        (ValueError, "weight has 3 dim", (x, w[None], s)),
     ]:
         with pytest.raises(error, match=words):
             f(*arguments)

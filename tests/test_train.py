@@ -187,7 +187,12 @@ def test_bad_input_is_explained_and_changes_nothing(tmp_path, monkeypatch, no_pi
         assert cli.main(["train", "digits", *TINY, *arguments]) == 2
         return capsys.readouterr().err
 
-    assert "epochs: given 'x' (str)" in refused("epochs=x")
+    assert "epochs: given 'x' (str)" in refused("epochs=x") and "seed: given 'y'" in refused("--overwrite", "seed=y")
+    assert "method: include: 'none' matches none of" in refused('method.include=["none"]', "--name", "other")
+    assert "--name: given '../up', allowed is the name of one folder" in refused("--name", "../up")
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["train", "digits", "--quick", "seed=1"])
+    assert "unrecognized arguments: --quick" in capsys.readouterr().err
     assert "another recipe" in (shown := refused("seed=5", "epochs=5")) and "seed: 5, 0; epochs: 5, 4" in shown
     for bad in (good[:-9], good[:1000] + bytes([good[1000] ^ 4]) + good[1001:]):
         path.write_bytes(bad)

@@ -1,4 +1,7 @@
-// Host side of sparse_conv2d and sparse_linear on CPU: from tensors to a grid, a weight and two images.
+// Host side of sparse_conv2d and sparse_linear on CPU: from tensors to a grid, planned rows and two images.
+//
+// Each pass is two calls: one makes a plan from a structure, the other runs it and answers false if the plan was made
+// for other tiles than those of the instruction set in use. Callers keep plans and never take them from a user.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -9,53 +12,51 @@
 
 #include "dispatch.h"
 #include "sparse_gradient.h"
-#include "sparse_product.h"
 
 namespace sparsekern {
 namespace {
 
 using torch::stable::Tensor;
 using ScalarType = torch::headeronly::ScalarType;
+using Ints = std::vector<int64_t>;
 
 void check_float(const Tensor& t, const char* name, int64_t dims) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_cpu() && t.dim() == dims, "sparsekern: ", name,
                   " must be float32 on CPU with ", dims, " dims");
 }
 
-SparseWeight sparse_weight(const Tensor& weight, const std::vector<Tensor>& structure, const std::string& layout,
-                           int64_t groups) {
+void check_ints(const Tensor& t) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int && t.is_cpu() && t.dim() == 1 && t.is_contiguous(),
+                  "sparsekern: structure must be contiguous, 1-d, int32 and on CPU");
+}
+
+// The weight is dense, (out, in / groups, rows, columns) or (out, in), or packed: 1-d.
+SparseShape sparse_shape(const Tensor& weight, const Ints& shape, const std::string& layout, int64_t groups) {
   const int32_t tall = layout == "4x1" ? 4 : 1, wide = layout == "1x4" ? 4 : 1;
+  STD_TORCH_CHECK(shape.size() == 4 && groups > 0 && shape[0] % (groups * tall) == 0 && shape[1] % wide == 0,
+                  "sparsekern: layout ", layout, " must divide the channels of a group");
+  const bool packed = weight.dim() == 1;
+  check_float(weight, "weight", packed ? 1 : weight.dim());
+  STD_TORCH_CHECK(packed || weight.numel() == shape[0] * shape[1] * shape[2] * shape[3],
+                  "sparsekern: weight must have its shape or be packed");
+  const int64_t step = packed || tall * wide == 1 ? 1 : weight.stride(tall == 4 ? 0 : 1);
+  return {shape[0], shape[1], groups, tall, wide, step};
+}
+
+SparseForm sparse_form(const Tensor& weight, const std::vector<Tensor>& structure, const SparseShape& shape) {
   STD_TORCH_CHECK(structure.size() == 2, "sparsekern: structure must have two tensors");
-  for (const Tensor& t : structure) {
-    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int && t.is_cpu() && t.dim() == 1 && t.is_contiguous(),
-                    "sparsekern: structure must be contiguous, 1-d, int32 and on CPU");
-  }
-  const int64_t outputs = weight.size(0), channels = weight.size(1);
-  STD_TORCH_CHECK(groups > 0 && outputs % (groups * tall) == 0 && channels % wide == 0, "sparsekern: layout ", layout,
-                  " must divide the channels of a group");
-  STD_TORCH_CHECK(structure[0].numel() == outputs / tall + 1, "sparsekern: structure must have a pointer per row");
-  const bool image = weight.dim() == 4;
-  return {weight.const_data_ptr<float>(),
-          {weight.stride(0), weight.stride(1), image ? weight.stride(2) : 0, image ? weight.stride(3) : 0},
-          outputs,
-          channels,
-          groups,
-          structure[0].const_data_ptr<int32_t>(),
-          structure[1].const_data_ptr<int32_t>(),
-          structure[1].numel(),
-          tall,
-          wide};
+  for (const Tensor& t : structure) check_ints(t);
+  STD_TORCH_CHECK(structure[0].numel() == shape.block_rows() + 1, "sparsekern: structure must have a pointer per row");
+  SparseForm form{shape, weight.dim() == 1, {}, nullptr, nullptr, structure[1].numel()};
+  for (int64_t i = 0; i < weight.dim(); ++i) form.strides[i] = weight.stride(i);
+  form.pointers = structure[0].const_data_ptr<int32_t>();
+  form.indices = structure[1].const_data_ptr<int32_t>();
+  STD_TORCH_CHECK(!form.packed || weight.numel() == form.blocks * shape.block(),
+                  "sparsekern: a packed weight must have the structure's kept elements");
+  return form;
 }
 
 Strides strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
-
-const float* bias_of(const std::optional<Tensor>& bias, const Tensor& weight) {
-  if (!bias) return nullptr;
-  check_float(*bias, "bias", 1);
-  STD_TORCH_CHECK(bias->is_contiguous() && bias->numel() == weight.size(0), "sparsekern: bias must have ",
-                  weight.size(0), " contiguous entries");
-  return bias->const_data_ptr<float>();
-}
 
 int64_t lanes() {
   SparseLimits limits;
@@ -63,131 +64,106 @@ int64_t lanes() {
   return limits.lanes;
 }
 
-Axis axis(const Tensor& input, const Tensor& weight, const Tensor& result, int64_t dim, int64_t stride, int64_t padding,
-          int64_t dilation) {
-  const int64_t size = input.size(dim), kernel = weight.size(dim), output = result.size(dim);
+// The operands of a convolution: images, kernel and how they meet.
+struct Geometry {
+  GradientAxis rows, columns;
+  int64_t images, lanes;
+
+  Grid grid() const { return Grid(rows.forward, columns.forward, images, lanes); }
+};
+
+GradientAxis axis(const Tensor& input, const Tensor& result, int64_t dim, int64_t kernel, int64_t stride,
+                  int64_t padding, int64_t dilation) {
+  const int64_t size = input.size(dim), output = result.size(dim);
   STD_TORCH_CHECK(stride > 0 && dilation > 0 && padding >= 0 && kernel > 0 && output > 0 &&
                       (output - 1) * stride + (kernel - 1) * dilation < size + 2 * padding,
-                  "sparse_conv2d: geometry of dim ", dim, " does not give ", output, " outputs");
-  std::vector<int64_t> positions;
+                  "sparsekern: geometry of dim ", dim, " does not give ", output, " outputs");
+  Ints positions;
   for (int64_t k = 0; k < kernel; ++k) positions.push_back(k * dilation);
-  return Axis(size, output, stride, padding, positions);
+  return {Axis(size, output, stride, padding, positions), size, kernel, dilation};
 }
 
-// Fills `result`; false if the structure is not one.
-bool sparse_conv2d_cpu(Tensor result, Tensor input, Tensor weight, std::vector<Tensor> structure, std::string layout,
-                       std::optional<Tensor> bias, std::vector<int64_t> stride, std::vector<int64_t> padding,
-                       std::vector<int64_t> dilation, int64_t groups) {
+// `geometry`: stride, padding and dilation, each vertical then horizontal.
+Geometry geometry_of(const Tensor& input, const Tensor& result, const Ints& shape, const Ints& geometry,
+                     const SparseShape& w) {
   check_float(input, "input", 4);
-  check_float(weight, "weight", 4);
   check_float(result, "result", 4);
-  STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
-                  "sparse_conv2d: stride, padding and dilation must have two entries");
-  STD_TORCH_CHECK(input.size(1) == weight.size(1) * groups && result.size(0) == input.size(0) &&
-                      result.size(1) == weight.size(0) && result.numel() > 0,
-                  "sparse_conv2d: input, weight and result must agree in batch and channels");
-  const SparseWeight w = sparse_weight(weight, structure, layout, groups);
-  const Grid grid(axis(input, weight, result, 2, stride[0], padding[0], dilation[0]),
-                  axis(input, weight, result, 3, stride[1], padding[1], dilation[1]), input.size(0), lanes());
-  return sparse_product(grid, {input.const_data_ptr<float>(), strides_of(input)}, w, bias_of(bias, weight),
-                        {result.mutable_data_ptr<float>(), strides_of(result)});
+  STD_TORCH_CHECK(geometry.size() == 6, "sparsekern: geometry must have six entries");
+  STD_TORCH_CHECK(input.size(1) == w.channels * w.groups && result.size(0) == input.size(0) &&
+                      result.size(1) == w.outputs && result.numel() > 0,
+                  "sparsekern: input, weight and result must agree in batch and channels");
+  return {axis(input, result, 2, shape[2], geometry[0], geometry[2], geometry[4]),
+          axis(input, result, 3, shape[3], geometry[1], geometry[3], geometry[5]), input.size(0), lanes()};
 }
 
-// The rows of `input` are the pixels of one image, channels last.
-bool sparse_linear_cpu(Tensor result, Tensor input, Tensor weight, std::vector<Tensor> structure, std::string layout,
-                       std::optional<Tensor> bias) {
-  check_float(input, "input", 2);
-  check_float(weight, "weight", 2);
-  check_float(result, "result", 2);
-  const int64_t rows = input.size(0);
-  STD_TORCH_CHECK(input.size(1) == weight.size(1) && result.size(0) == rows && result.size(1) == weight.size(0) &&
-                      result.numel() > 0,
-                  "sparse_linear: input, weight and result must agree in rows and features");
-  const SparseWeight w = sparse_weight(weight, structure, layout, 1);
-  const Grid grid(Axis(1, 1, 1, 0, {0}), Axis(rows, rows, 1, 0, {0}), 1, lanes());
-  return sparse_product(grid, {input.const_data_ptr<float>(), {0, input.stride(1), 0, input.stride(0)}}, w,
-                        bias_of(bias, weight),
-                        {result.mutable_data_ptr<float>(), {0, result.stride(1), 0, result.stride(0)}});
+PlanReader reader(const Tensor& plan) {
+  check_ints(plan);
+  return PlanReader(plan.const_data_ptr<int32_t>(), plan.numel());
 }
 
-// One spatial axis of both operands of a gradient.
-GradientAxis gradient_axis(const Tensor& input, const Tensor& weight, const Tensor& grad, int64_t dim, int64_t stride,
-                           int64_t padding, int64_t dilation) {
-  return {axis(input, weight, grad, dim, stride, padding, dilation), input.size(dim), weight.size(dim), dilation};
+// Fills `plan` for one pass; false if the structure is not one. `result` is the output of the convolution or its
+// gradient.
+bool sparse_plan_cpu(Tensor plan, std::string pass, Tensor input, Tensor result, Tensor weight,
+                     std::vector<Tensor> structure, std::string layout, Ints shape, Ints geometry, int64_t groups) {
+  const SparseShape w = sparse_shape(weight, shape, layout, groups);
+  const SparseForm form = sparse_form(weight, structure, w);
+  const Geometry g = geometry_of(input, result, shape, geometry, w);
+  check_ints(plan);
+  const int64_t sets = pass == "input" ? geometry[0] * geometry[1] : 1;
+  const int64_t rows = pass == "input" ? w.channels / w.wide * groups : w.block_rows();
+  STD_TORCH_CHECK(plan.numel() >= sets * planned_size(rows, 0) + 2 * form.blocks, "sparsekern: plan is too small");
+  int32_t* const to = plan.mutable_data_ptr<int32_t>();
+  if (pass == "input") return plan_input_gradient(form, g.rows, g.columns, strides_of(result), g.images, g.lanes, to);
+  const Grid grid = g.grid();
+  if (pass == "weight") return plan_weight_gradient(form, grid, strides_of(input), strides_of(result), to);
+  return plan_rows(form, grid, Plan(grid, input.size(1), w.tall, strides_of(input)).width, to);
 }
 
-// Fills the gradients of input and weight that are not empty; false, with unknown results, if the structure is not one.
-bool sparse_conv2d_backward_cpu(Tensor grad_input, Tensor grad_weight, Tensor grad, Tensor input, Tensor weight,
-                                std::vector<Tensor> structure, std::string layout, std::vector<int64_t> stride,
-                                std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups) {
-  check_float(input, "input", 4);
-  check_float(weight, "weight", 4);
-  check_float(grad, "grad", 4);
-  STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
-                  "sparse_conv2d_backward: stride, padding and dilation must have two entries");
-  STD_TORCH_CHECK(input.size(1) == weight.size(1) * groups && grad.size(0) == input.size(0) &&
-                      grad.size(1) == weight.size(0) && grad.numel() > 0,
-                  "sparse_conv2d_backward: input, weight and grad must agree in batch and channels");
-  const SparseWeight w = sparse_weight(weight, structure, layout, groups);
-  const GradientAxis rows = gradient_axis(input, weight, grad, 2, stride[0], padding[0], dilation[0]);
-  const GradientAxis columns = gradient_axis(input, weight, grad, 3, stride[1], padding[1], dilation[1]);
-  const Image<const float> gradients{grad.const_data_ptr<float>(), strides_of(grad)};
-  if (grad_weight.numel() > 0) {
-    check_float(grad_weight, "grad_weight", 4);
-    STD_TORCH_CHECK(grad_weight.sizes().equals(weight.sizes()),
-                    "sparse_conv2d_backward: grad_weight must have weight's shape");
-    const Grid grid(rows.forward, columns.forward, input.size(0), lanes());
-    if (!sparse_weight_gradient(grid, {input.const_data_ptr<float>(), strides_of(input)}, w, gradients,
-                                {grad_weight.mutable_data_ptr<float>(), strides_of(grad_weight)})) {
-      return false;
-    }
-  }
-  if (grad_input.numel() == 0) return true;
-  check_float(grad_input, "grad_input", 4);
-  STD_TORCH_CHECK(grad_input.sizes().equals(input.sizes()),
-                  "sparse_conv2d_backward: grad_input must have input's shape");
-  return sparse_input_gradient(rows, columns, gradients, w,
-                               {grad_input.mutable_data_ptr<float>(), strides_of(grad_input)}, input.size(0), lanes());
+bool sparse_product_cpu(Tensor result, Tensor input, Tensor weight, Tensor plan, std::string layout,
+                        std::optional<Tensor> bias, Ints shape, Ints geometry, int64_t groups) {
+  thread_local Buffer<float> buffer;
+  const SparseShape w = sparse_shape(weight, shape, layout, groups);
+  const Geometry g = geometry_of(input, result, shape, geometry, w);
+  if (bias) check_float(*bias, "bias", 1);
+  STD_TORCH_CHECK(!bias || (bias->is_contiguous() && bias->numel() == w.outputs), "sparsekern: bias must have ",
+                  w.outputs, " contiguous entries");
+  const Grid grid = g.grid();
+  const Plan tiles(grid, input.size(1), w.tall, strides_of(input));
+  PlannedRows rows;
+  if (!reader(plan).next(w.block_rows(), rows) || rows.width != tiles.width) return false;
+  const float* values = weight.const_data_ptr<float>();
+  if (weight.dim() > 1) values = gather_values(rows, w, values, buffer);
+  multiply(grid, tiles, {input.const_data_ptr<float>(), strides_of(input)}, input.size(1),
+           {rows.pointers, rows.activations, values, bias ? bias->const_data_ptr<float>() : nullptr, 0, w.tall, w.wide,
+            true},
+           rows.rows, {result.mutable_data_ptr<float>(), strides_of(result)});
+  return true;
 }
 
-Strides pixel_rows(const Tensor& t) { return {0, t.stride(1), 0, t.stride(0)}; }
+// `result` is stored as the weight is, with zeros where nothing is kept.
+bool sparse_weight_gradient_cpu(Tensor result, Tensor grad, Tensor input, Tensor plan, std::string layout, Ints shape,
+                                Ints geometry, int64_t groups) {
+  const SparseShape w = sparse_shape(result, shape, layout, groups);
+  const Geometry g = geometry_of(input, grad, shape, geometry, w);
+  return sparse_weight_gradient(g.grid(), {input.const_data_ptr<float>(), strides_of(input)}, w, reader(plan),
+                                {grad.const_data_ptr<float>(), strides_of(grad)}, result.mutable_data_ptr<float>());
+}
 
-// Fills the gradients of input and weight that are not empty; false, with unknown results, if the structure is not one.
-bool sparse_linear_backward_cpu(Tensor grad_input, Tensor grad_weight, Tensor grad, Tensor input, Tensor weight,
-                                std::vector<Tensor> structure, std::string layout) {
-  check_float(input, "input", 2);
-  check_float(weight, "weight", 2);
-  check_float(grad, "grad", 2);
-  const int64_t count = input.size(0);
-  STD_TORCH_CHECK(
-      input.size(1) == weight.size(1) && grad.size(0) == count && grad.size(1) == weight.size(0) && grad.numel() > 0,
-      "sparse_linear_backward: input, weight and grad must agree in rows and features");
-  const SparseWeight w = sparse_weight(weight, structure, layout, 1);
-  const GradientAxis rows{Axis(1, 1, 1, 0, {0}), 1, 1, 1}, columns{Axis(count, count, 1, 0, {0}), count, 1, 1};
-  const Image<const float> gradients{grad.const_data_ptr<float>(), pixel_rows(grad)};
-  if (grad_weight.numel() > 0) {
-    check_float(grad_weight, "grad_weight", 2);
-    STD_TORCH_CHECK(grad_weight.sizes().equals(weight.sizes()),
-                    "sparse_linear_backward: grad_weight must match weight");
-    if (!sparse_weight_gradient(
-            Grid(rows.forward, columns.forward, 1, lanes()), {input.const_data_ptr<float>(), pixel_rows(input)}, w,
-            gradients, {grad_weight.mutable_data_ptr<float>(), {grad_weight.stride(0), grad_weight.stride(1), 0, 0}})) {
-      return false;
-    }
-  }
-  if (grad_input.numel() == 0) return true;
-  check_float(grad_input, "grad_input", 2);
-  STD_TORCH_CHECK(grad_input.sizes().equals(input.sizes()), "sparse_linear_backward: grad_input must match input");
-  return sparse_input_gradient(rows, columns, gradients, w,
-                               {grad_input.mutable_data_ptr<float>(), pixel_rows(grad_input)}, 1, lanes());
+bool sparse_input_gradient_cpu(Tensor result, Tensor grad, Tensor weight, Tensor plan, std::string layout, Ints shape,
+                               Ints geometry, int64_t groups) {
+  const SparseShape w = sparse_shape(weight, shape, layout, groups);
+  const Geometry g = geometry_of(result, grad, shape, geometry, w);
+  return sparse_input_gradient(g.rows, g.columns, {grad.const_data_ptr<float>(), strides_of(grad)}, w, reader(plan),
+                               weight.const_data_ptr<float>(), {result.mutable_data_ptr<float>(), strides_of(result)},
+                               g.images, g.lanes);
 }
 
 }  // namespace
 }  // namespace sparsekern
 
 STABLE_TORCH_LIBRARY_IMPL(sparsekern, CPU, m) {
-  m.impl("_sparse_conv2d_cpu", TORCH_BOX(&sparsekern::sparse_conv2d_cpu));
-  m.impl("_sparse_conv2d_backward_cpu", TORCH_BOX(&sparsekern::sparse_conv2d_backward_cpu));
-  m.impl("_sparse_linear_backward_cpu", TORCH_BOX(&sparsekern::sparse_linear_backward_cpu));
-  m.impl("_sparse_linear_cpu", TORCH_BOX(&sparsekern::sparse_linear_cpu));
+  m.impl("_sparse_plan_cpu", TORCH_BOX(&sparsekern::sparse_plan_cpu));
+  m.impl("_sparse_product_cpu", TORCH_BOX(&sparsekern::sparse_product_cpu));
+  m.impl("_sparse_weight_gradient_cpu", TORCH_BOX(&sparsekern::sparse_weight_gradient_cpu));
+  m.impl("_sparse_input_gradient_cpu", TORCH_BOX(&sparsekern::sparse_input_gradient_cpu));
 }

@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "dispatch.h"
-#include "sparse_rows.h"
 
 namespace sparsekern {
 namespace {
@@ -16,8 +15,11 @@ constexpr int64_t kLeastPixels = 128, kMostPixels = 1024;
 // Channels per packing task, tens of KiB.
 constexpr int64_t kPackChannels = 16;
 
-Tiling weight_tiling(const Grid& grid, const SparseWeight& w, int64_t lanes) {
-  const int64_t rows = w.channels * w.groups * grid.planes() + w.outputs;
+// In place if both images allow it.
+Plan weight_plan(const Grid& grid, const SparseShape& w, const Strides& input, const Strides& gradients) {
+  SparseLimits limits;
+  kernels().sparse_limits(&limits);
+  const int64_t lanes = limits.lanes, rows = w.channels * w.groups * grid.planes() + w.outputs;
   const int64_t pixels = std::clamp(2 * kTileFloats / rows, kLeastPixels, kMostPixels);
   Tiling t(grid, 1, lanes, pixels / lanes);
   const int64_t vectors = (grid.length + lanes - 1) / lanes, most = pixels / lanes;
@@ -26,7 +28,8 @@ Tiling weight_tiling(const Grid& grid, const SparseWeight& w, int64_t lanes) {
   t.per_span = (grid.length + t.tile - 1) / t.tile;
   t.count = t.per_span * grid.spans;
   t.width = (t.tile + grid.reach + lanes - 1) / lanes * lanes;
-  return t;
+  const bool place = in_place(grid, input) && in_place(grid, gradients);
+  return Plan(t, w.channels * w.groups * grid.planes(), place, input.channel);
 }
 
 // The activations and the gradients of one tile, channels shared out over threads.
@@ -55,22 +58,12 @@ void pack_pair(const Grid& grid, const Tiling& t, int64_t tile, const Image<cons
   });
 }
 
-void scatter(const SparseWeight& w, const ColumnTable& table, const float* sums, float* result) {
-  const int64_t block = w.tall * w.wide, step = w.strides[w.tall == 4 ? 0 : 1];
-  for (int64_t row = 0; row < w.block_rows(); ++row) {
-    for (int64_t k = w.pointers[row]; k < w.pointers[row + 1]; ++k) {
-      float* const to = result + row * w.tall * w.strides[0] + table.entries[w.indices[k]].element;
-      for (int64_t i = 0; i < block; ++i) to[i * step] = sums[k * block + i];
-    }
+void scatter(const PlannedRows& rows, const SparseShape& w, const float* sums, float* result) {
+  const int64_t block = w.block();
+  for (int64_t k = 0; k < rows.blocks; ++k) {
+    for (int64_t i = 0; i < block; ++i) result[rows.elements[k] + i * w.step] = sums[k * block + i];
   }
 }
-
-// The outputs of one phase of the stride along one axis: every `stride`-th input position from `first` on.
-struct Phase {
-  int64_t first, output;
-  Axis axis;              // reads the gradients
-  std::vector<int> taps;  // of the kernel -> tap of `axis`, or -1
-};
 
 std::vector<Phase> phases(const GradientAxis& a) {
   std::vector<Phase> found;
@@ -89,97 +82,76 @@ std::vector<Phase> phases(const GradientAxis& a) {
       positions.push_back(most - k * a.dilation / stride);
     }
     if (output == 0 || positions.empty()) continue;
-    found.push_back({first, output, Axis(a.forward.output, output, 1, most - entry, positions), taps});
+    found.push_back({first, Axis(a.forward.output, output, 1, most - entry, positions), taps});
   }
   return found;
 }
 
-struct Transposed {
-  std::vector<int32_t> pointers, offsets;
-  std::vector<float> values;
-};
-
-// The blocks whose taps lie in this pair of phases, ordered by input channel: 4 x 1 becomes 1 x 4 and vice versa.
-Transposed transpose_blocks(const SparseWeight& w, const Phase& v, const Phase& h, const Grid& grid, int64_t width) {
-  const int64_t across = int64_t(h.taps.size()), taps = int64_t(v.taps.size()) * across;
-  const int64_t block = w.tall * w.wide, step = w.strides[w.tall == 4 ? 0 : 1];
-  const int64_t group_rows = w.channels / w.wide, rows_of_group = w.block_rows() / w.groups;
-  Transposed t;
-  t.pointers.assign(group_rows * w.groups + 1, 0);
-  const auto each = [&](auto body) {
-    for (int64_t row = 0; row < w.block_rows(); ++row) {
-      for (int64_t k = w.pointers[row]; k < w.pointers[row + 1]; ++k) {
-        const int64_t channel = w.indices[k] / taps, tap = w.indices[k] % taps;
-        if (v.taps[tap / across] < 0 || h.taps[tap % across] < 0) continue;
-        body(row, channel, tap / across, tap % across, row / rows_of_group * group_rows + channel);
-      }
-    }
-  };
-  each([&](int64_t, int64_t, int64_t, int64_t, int64_t target) { ++t.pointers[target + 1]; });
-  for (size_t i = 1; i < t.pointers.size(); ++i) t.pointers[i] += t.pointers[i - 1];
-  std::vector<int32_t> next(t.pointers.begin(), t.pointers.end() - 1);
-  t.offsets.resize(t.pointers.back());
-  t.values.resize(t.pointers.back() * block);
-  each([&](int64_t row, int64_t channel, int64_t y, int64_t x, int64_t target) {
-    const int64_t k = next[target]++;
-    const int64_t shift = grid.rows.taps[v.taps[y]].shift * grid.pitch + grid.columns.taps[h.taps[x]].shift;
-    t.offsets[k] = static_cast<int32_t>(row * w.tall * width + shift);
-    const float* const from =
-        w.data + row * w.tall * w.strides[0] + channel * w.wide * w.strides[1] + y * w.strides[2] + x * w.strides[3];
-    for (int64_t i = 0; i < block; ++i) t.values[k * block + i] = from[i * step];
-  });
-  return t;
-}
-
 }  // namespace
 
-bool sparse_weight_gradient(const Grid& grid, const Image<const float>& input, const SparseWeight& w,
-                            const Image<const float>& gradients, const Image<float>& result) {
-  thread_local Buffer<int32_t> offset_buffer;
+bool plan_weight_gradient(const SparseForm& form, const Grid& grid, const Strides& input, const Strides& gradients,
+                          int32_t* plan) {
+  return plan_rows(form, grid, weight_plan(grid, form.shape, input, gradients).width, plan);
+}
+
+bool sparse_weight_gradient(const Grid& grid, const Image<const float>& input, const SparseShape& w, PlanReader plan,
+                            const Image<const float>& gradients, float* result) {
   thread_local Buffer<float> activation_buffer, gradient_buffer, sum_buffer;
-  SparseLimits limits;
-  kernels().sparse_limits(&limits);
-  const Tiling t = weight_tiling(grid, w, limits.lanes);
-  const int64_t channels = w.channels * w.groups, rows = w.block_rows(), sums = w.blocks * w.tall * w.wide;
-  STD_TORCH_CHECK(channels * grid.planes() * t.width < INT32_MAX, "sparsekern: ", channels,
-                  " channels do not fit one tile of 32-bit offsets");
-  int32_t* const offsets = offset_buffer.get(w.blocks);
+  const Plan chosen = weight_plan(grid, w, input.strides, gradients.strides);
+  const Tiling& t = chosen.tiling;
+  PlannedRows rows;
+  if (!plan.next(w.block_rows(), rows) || rows.width != chosen.width) return false;
+  const int64_t channels = w.channels * w.groups, sums = rows.blocks * w.block();
   float* const total = sum_buffer.get(sums);
-  if (!gather(w, column_table(grid, w, t.width), t.width, offsets, total)) return false;
   std::fill(total, total + sums, 0.0f);
-  float* const activations = activation_buffer.get(channels * grid.planes() * t.width);
-  float* const packed = gradient_buffer.get(w.outputs * t.tile);
-  const SparseRows s{w.pointers, offsets, nullptr, nullptr, t.width, w.tall, w.wide, true};
+  float* const activations = activation_buffer.get(chosen.place ? 0 : channels * grid.planes() * t.width);
+  float* const packed = gradient_buffer.get(chosen.place ? 0 : w.outputs * t.tile);
+  const SparseRows s{rows.pointers, rows.activations, nullptr, nullptr, chosen.width, w.tall, w.wide, true};
   const int64_t parts = 4 * torch::stable::get_num_threads();
   for (int64_t tile = 0; tile < t.count; ++tile) {
-    pack_pair(grid, t, tile, input, channels, activations, gradients, w.outputs, packed);
+    const int64_t count = chosen.place ? std::min(t.tile, grid.length - tile % t.per_span * t.tile) : t.tile;
+    if (!chosen.place) pack_pair(grid, t, tile, input, channels, activations, gradients, w.outputs, packed);
+    const float* const x = chosen.place ? place(t, input, tile) : activations;
+    const float* const g = chosen.place ? place(t, gradients, tile) : packed;
+    const int64_t width = chosen.place ? gradients.strides.channel : t.tile;
     torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-      kernels().sparse_dots(s, part_begin(w.pointers, rows, begin, parts), part_begin(w.pointers, rows, end, parts),
-                            activations, packed, t.tile, t.tile, total);
+      kernels().sparse_dots(s, part_begin(rows.pointers, rows.rows, begin, parts),
+                            part_begin(rows.pointers, rows.rows, end, parts), x, g, width, count, total);
     });
   }
-  SparseWeight target = w;
-  const Strides& to = result.strides;
-  std::copy_n(std::initializer_list<int64_t>{to.batch, to.channel, to.row, to.column}.begin(), 4, target.strides);
-  scatter(target, column_table(grid, target, t.width), total, result.data);
+  scatter(rows, w, total, result);
+  return true;
+}
+
+bool plan_input_gradient(const SparseForm& form, const GradientAxis& rows, const GradientAxis& columns,
+                         const Strides& gradients, int64_t images, int64_t lanes, int32_t* plan) {
+  if (!is_structure(form, rows.kernel * columns.kernel)) return false;
+  for (const Phase& v : phases(rows)) {
+    for (const Phase& h : phases(columns)) {
+      const Grid grid(v.axis, h.axis, images, lanes);
+      const Plan tiles(grid, form.shape.outputs, form.shape.wide, gradients);
+      plan = plan_transposed(form, v, h, grid, tiles.width, plan);
+    }
+  }
   return true;
 }
 
 bool sparse_input_gradient(const GradientAxis& rows, const GradientAxis& columns, const Image<const float>& gradients,
-                           const SparseWeight& w, const Image<float>& result, int64_t images, int64_t lanes) {
-  const int64_t taps = rows.kernel * columns.kernel;
-  if (!indices_ascend(w, w.channels / w.wide * taps)) return false;
+                           const SparseShape& w, PlanReader plan, const float* weight, const Image<float>& result,
+                           int64_t images, int64_t lanes) {
+  thread_local Buffer<float> buffer;
   const Strides& s = result.strides;
   for (const Phase& v : phases(rows)) {
     for (const Phase& h : phases(columns)) {
       const Grid grid(v.axis, h.axis, images, lanes);
-      const Plan plan(grid, w.outputs, w.wide, gradients.strides);
-      const Transposed t = transpose_blocks(w, v, h, grid, plan.width);
+      const Plan tiles(grid, w.outputs, w.wide, gradients.strides);
+      PlannedRows planned;
+      if (!plan.next(w.channels / w.wide * w.groups, planned) || planned.width != tiles.width) return false;
+      const float* const values = gather_values(planned, w, weight, buffer);
       const Image<float> out{result.data + v.first * s.row + h.first * s.column,
                              {s.batch, s.channel, s.row * rows.forward.stride, s.column * columns.forward.stride}};
-      multiply(grid, plan, gradients, w.outputs,
-               {t.pointers.data(), t.offsets.data(), t.values.data(), nullptr, 0, w.wide, w.tall, true},
-               int64_t(t.pointers.size()) - 1, out);
+      multiply(grid, tiles, gradients, w.outputs,
+               {planned.pointers, planned.activations, values, nullptr, 0, w.wide, w.tall, true}, planned.rows, out);
     }
   }
   return true;

@@ -1,6 +1,6 @@
-// The gradients of sparse_product for its input and for its kept weights.
+// The gradients of a sparse product for its input and for its kept weights.
 #pragma once
-#include "sparse_product.h"
+#include "sparse_plan.h"
 
 namespace sparsekern {
 
@@ -10,14 +10,22 @@ struct GradientAxis {
   int64_t size, kernel, dilation;
 };
 
-// The gradient of the weight at its kept blocks, (out, in / groups, rows, columns); other elements stay as they are.
-// Sums run over tiles in order, so results do not depend on threads. False if the structure is not one.
-bool sparse_weight_gradient(const Grid& grid, const Image<const float>& input, const SparseWeight& weight,
-                            const Image<const float>& gradients, const Image<float>& result);
+// Plans for the functions below; false if the structure is not one.
+bool plan_weight_gradient(const SparseForm& form, const Grid& grid, const Strides& input, const Strides& gradients,
+                          int32_t* plan);
+bool plan_input_gradient(const SparseForm& form, const GradientAxis& rows, const GradientAxis& columns,
+                         const Strides& gradients, int64_t images, int64_t lanes, int32_t* plan);
 
-// The gradient of the input. Pixels that no tap reaches by the stride stay as they are. False if the structure is not
-// one.
+// The gradient of the weight at its kept blocks, stored as the weight is; other elements stay as they are. Sums run
+// over tiles in order, so results do not depend on threads. False, with nothing written, if the plan is for other
+// tiles.
+bool sparse_weight_gradient(const Grid& grid, const Image<const float>& input, const SparseShape& w, PlanReader plan,
+                            const Image<const float>& gradients, float* result);
+
+// The gradient of the input. Pixels that no tap reaches by the stride stay as they are. False if the plan is for other
+// tiles.
 bool sparse_input_gradient(const GradientAxis& rows, const GradientAxis& columns, const Image<const float>& gradients,
-                           const SparseWeight& weight, const Image<float>& result, int64_t images, int64_t lanes);
+                           const SparseShape& w, PlanReader plan, const float* weight, const Image<float>& result,
+                           int64_t images, int64_t lanes);
 
 }  // namespace sparsekern

@@ -13,6 +13,7 @@ from sparsekern.methods.movement import Movement, SoftMovement
 from sparsekern.methods.obert import OBERT
 from sparsekern.methods.one_shot import OneShot
 from sparsekern.methods.powerpropagation import Powerpropagation
+from sparsekern.methods.registry import METHODS, build_method
 from sparsekern.methods.rigl import RigL
 from sparsekern.methods.set import SET
 from sparsekern.methods.srste import SRSTE
@@ -22,7 +23,7 @@ from sparsekern.methods.str import STR
 from sparsekern.methods.topkast import TopKAST
 
 __all__ = [
-    "ACDC", "DenseTraining", "FixedMask", "GMP", "GraNet", "LotteryTicket", "Movement", "OBERT", "OneShot",
+    "ACDC", "DenseTraining", "FixedMask", "GMP", "GraNet", "LotteryTicket", "METHODS", "Movement", "OBERT", "OneShot",
     "Powerpropagation", "RigL", "RigLITOP", "SET", "SRSTE", "ST3", "STEP", "STR", "SoftMovement", "Sparsifier",
-    "TopKAST", "planned_masks",
+    "TopKAST", "build_method", "planned_masks",
 ]  # fmt: skip

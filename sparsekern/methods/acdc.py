@@ -25,7 +25,7 @@ class ACDC(Sparsifier):
     """Drives the phases of one model; `attach` once, then `step` last in every iteration.
 
     `schedule` is an `acdc_schedule(epochs=...)`, or a PhaseSchedule in optimizer steps whose last phase is sparse at
-    `sparsity`. `pattern`, `distribution` and `layer_sparsity` are described in `sparsekern.methods.allocation`;
+    `sparsity`. `pattern` (n:m too), `distribution` and `layer_sparsity` are those of `sparsekern.methods.allocation`;
     `include` and `exclude` choose weights by name (re.search). `reset` says whose momentum a new dense phase clears:
     "all" (default, as published), "pruned" or "none".
 
@@ -51,13 +51,16 @@ class ACDC(Sparsifier):
         seed: int = 0,
     ):
         check_sparsity(sparsity)
-        self.allocation = Allocation(pattern, distribution, layer_sparsity)
+        self.allocation = Allocation(pattern, distribution, layer_sparsity, n_of_m=True)
+        self.allocation.sparsity(sparsity)
         if reset not in (allowed := ("all", "pruned", "none")):
             raise ValueError(f"reset must be one of {allowed}, got {reset!r}")
         lowest = sparsity if first_sparsity is None else first_sparsity
         for name, value, top in (("first_sparsity", lowest, sparsity), ("dense_sparsity", dense_sparsity, lowest)):
             if check_sparsity(value, name) > check_sparsity(top):
                 raise ValueError(f"{name} must be at most the sparsity of sparse phases, {top}, got {value}")
+        if self.allocation.fixed is not None and (lowest != sparsity or dense_sparsity):
+            raise ValueError(f"first_sparsity, dense_sparsity: must be left out with pattern {pattern!r}")
         if not isinstance(schedule, (AcdcSchedule, PhaseSchedule)):
             raise TypeError(f"schedule must be acdc_schedule(...) or a PhaseSchedule, got {type(schedule).__name__}")
         if isinstance(schedule, PhaseSchedule) and schedule.phases[-1].phase != Sparse(sparsity):

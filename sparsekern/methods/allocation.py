@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
 
 from sparsekern.distributions import check_sparsity, erk, keep_count, uniform
 from sparsekern.masks import MaskSet
+from sparsekern.methods.n_of_m import check_n_of_m, is_n_of_m
 from sparsekern.methods.selection import check_patterns, layer_weights, prunable_weights
 from sparsekern.ops import topk_mask
 from sparsekern.ops.topk_mask import group_count
@@ -21,11 +23,14 @@ PRESETS = ("first", "last", "depthwise")
 
 @dataclass(frozen=True)
 class Budget:
-    """How many groups (weights or blocks) are kept: a number for `each` layer, and `pool` over all `pooled` ones."""
+    """How many groups (weights or blocks) are kept: a number for `each` layer, and `pool` over all `pooled` ones.
+
+    `pool` None: those follow an n:m pattern.
+    """
 
     each: dict[str, int]
     pooled: tuple[str, ...] = ()
-    pool: int = 0
+    pool: int | None = 0
 
 
 class Allocation:
@@ -34,7 +39,10 @@ class Allocation:
     `distribution` is "global" (one ranking), "uniform" (the same sparsity in every layer) or "erk" (see
     `sparsekern.distributions.erk`). `layer_sparsity` maps "first", "last", "depthwise" or a regular expression to a
     sparsity of its own; such layers are outside the distribution, the others get the method's sparsity without them.
-    Where several keys fit a layer, the last one counts. n:m patterns are refused: they fix the sparsity themselves.
+    Where several keys fit a layer, the last one counts.
+
+    An n:m pattern fixes the sparsity of every layer; only methods that go from dense to their final sparsity at once
+    take one (`n_of_m`), and of `layer_sparsity` it allows dense layers alone.
     """
 
     def __init__(
@@ -43,16 +51,31 @@ class Allocation:
         distribution: str,
         layer_sparsity: Mapping[str, float] | None = None,
         distributions: Sequence[str] = DISTRIBUTIONS,
+        n_of_m: bool = False,
     ):
-        for name, value, allowed in (("pattern", pattern, PATTERNS), ("distribution", distribution, distributions)):
-            if value not in allowed:
+        self.fixed: Fraction | None = check_n_of_m(pattern) if n_of_m and is_n_of_m(pattern) else None
+        if self.fixed is not None:
+            distributions = ("global", "uniform")
+        for name, value, allowed in (
+            ("pattern", pattern, (*PATTERNS, *(["n:m"] if n_of_m else []))),
+            ("distribution", distribution, distributions),
+        ):
+            if value not in allowed and (name == "distribution" or self.fixed is None):
                 raise ValueError(f"{name} must be one of {tuple(allowed)}, got {value!r}")
         if layer_sparsity is not None and not isinstance(layer_sparsity, Mapping):
             raise TypeError(f"layer_sparsity must map layers to sparsities, got {type(layer_sparsity).__name__}")
         self.pattern, self.distribution, self.layer_sparsity = pattern, distribution, dict(layer_sparsity or {})
         for key, value in self.layer_sparsity.items():
             check_patterns("layer_sparsity", [key])
-            check_sparsity(value, f"layer_sparsity[{key!r}]")
+            if check_sparsity(value, f"layer_sparsity[{key!r}]") and self.fixed is not None:
+                raise ValueError(f"layer_sparsity[{key!r}] must be 0 with pattern {pattern!r}, got {value!r}")
+
+    def sparsity(self, given: float | None) -> float:
+        """The sparsity `given`, checked, or that of the n:m pattern, which may be left out."""
+        if self.fixed is not None:
+            return float(check_n_of_m(self.pattern, given))
+        check_sparsity(given)
+        return given
 
     def bind(self, model: nn.Module, masks: MaskSet) -> None:
         """Find the layers that `layer_sparsity` names; ValueError for a key without one or a tensor without blocks."""
@@ -81,6 +104,9 @@ class Allocation:
         each = {name: keep_count(self.sizes[name], own(value)) for name, value in self.own.items()}
         others = {name: shape for name, shape in self.shapes.items() if name not in each}
         sizes = {name: self.sizes[name] for name in others}
+        if self.fixed is not None and sparsity:
+            check_n_of_m(self.pattern, sparsity)
+            return Budget(each, tuple(others), None)
         if self.distribution == "global":
             return Budget(each, tuple(others), keep_count(sum(sizes.values()), sparsity))
         shared = erk(others, sparsity, sizes) if self.distribution == "erk" else uniform(sizes, sparsity)
@@ -95,12 +121,17 @@ class Allocation:
         Scores have the memory layout of their parameters. Nothing is changed if a score is NaN.
         """
         chosen: dict[str, Tensor] = {}
-        for names, keep in ((list(budget.each), list(budget.each.values())), (list(budget.pooled), budget.pool)):
+        # Under an n:m pattern what is counted are dense layers.
+        counted = self.pattern if self.fixed is None else "unstructured"
+        for names, keep, pattern in (
+            (list(budget.each), list(budget.each.values()), counted),
+            (list(budget.pooled), budget.pool, counted if budget.pool is not None else self.pattern),
+        ):
             if not names:
                 continue
             ranked = [masks.parameter(n).detach() if scores is None else scores[n] for n in names]
             live = [masks.packed(n) for n in names] if nested else None
-            chosen.update(zip(names, topk_mask(ranked, keep, pattern=self.pattern, candidates=live), strict=True))
+            chosen.update(zip(names, topk_mask(ranked, keep, pattern=pattern, candidates=live), strict=True))
         for name, packed in chosen.items():
             masks.set_packed(name, packed)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,7 @@ class GraNet(Regrowing):
 
     DEFAULTS = (None, 1.0, 4000)
     FRACTIONS = (0.5, 0.005)
+    ROUND = math.ceil
 
     def __init__(self, sparsity: float, schedule: Any, *, initial: float = 0.5, prune_stop: float = 0.3, **kwargs: Any):
         super().__init__(sparsity, schedule, **kwargs)

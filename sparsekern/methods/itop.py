@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ class RigLITOP(Regrowing):
 
     DEFAULTS = (None, 1.0, 4000)
     FRACTIONS = (0.5, 0.005)
+    ROUND = math.ceil
 
     def _start(self) -> None:
         super()._start()

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from sparsekern.distributions import check_sparsity
 from sparsekern.methods.allocation import Allocation
 from sparsekern.methods.held import HeldSparsifier
-from sparsekern.methods.n_of_m import check_n_of_m, is_n_of_m, select_n_of_m
 from sparsekern.phases import Sparse
 
 
@@ -29,14 +27,8 @@ class OneShot(HeldSparsifier):
         include: Sequence[str] = (".*",),
         exclude: Sequence[str] = (),
     ):
-        self.pattern = pattern
-        if is_n_of_m(pattern):
-            if layer_sparsity or distribution not in ("global", "uniform"):
-                raise ValueError(f"pattern {pattern!r} fixes the sparsity of every layer; leave out layer_sparsity")
-            self.sparsity, self.allocation = float(check_n_of_m(pattern, sparsity)), None
-        else:
-            check_sparsity(sparsity)
-            self.sparsity, self.allocation = sparsity, Allocation(pattern, distribution, layer_sparsity)
+        self.allocation = Allocation(pattern, distribution, layer_sparsity, n_of_m=True)
+        self.pattern, self.sparsity = pattern, self.allocation.sparsity(sparsity)
         self.phase = Sparse(self.sparsity)
         super().__init__(None, include=include, exclude=exclude)
 
@@ -45,8 +37,5 @@ class OneShot(HeldSparsifier):
         self._hold_zero()
 
     def _choose(self) -> None:
-        if self.allocation is None:
-            select_n_of_m(self.masks, self.pattern)
-        else:
-            self.allocation.bind(self.model, self.masks)
-            self.allocation.select(self.masks, self.allocation.budget(self.sparsity))
+        self.allocation.bind(self.model, self.masks)
+        self.allocation.select(self.masks, self.allocation.budget(self.sparsity))

@@ -76,9 +76,12 @@ class Powerpropagation(EffectiveSparsifier):
         exclude: Sequence[str] = (),
     ):
         self.alpha = check_alpha(alpha)
-        self.allocation = Allocation(pattern, distribution, layer_sparsity)
+        self.allocation = Allocation(pattern, distribution, layer_sparsity, n_of_m=True)
         if schedule is not None and not isinstance(schedule, PhaseSchedule):
             raise TypeError(f"schedule must be a PhaseSchedule or None, got {type(schedule).__name__}")
+        for span in schedule.phases if schedule is not None else ():
+            if isinstance(span.phase, Sparse):
+                self.allocation.sparsity(span.phase.sparsity)
         super().__init__(Constant(Dense()) if schedule is None else schedule, include=include, exclude=exclude)
         self.phase: Phase = Dense()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from sparsekern.distributions import check_sparsity
 from sparsekern.methods.allocation import Allocation
 from sparsekern.methods.interval import IntervalSparsifier
 from sparsekern.ops import topk_mask, unpack_mask
-from sparsekern.ops.masked_sgd import as_layout
+from sparsekern.ops.operands import as_layout
 from sparsekern.updates import UpdatePlan, UpdateSchedule, cosine
 
 
@@ -29,6 +31,8 @@ class Regrowing(IntervalSparsifier):
     AFTER_STEP = True
     """Whether an update follows the optimizer's step or replaces it."""
     FRACTIONS = (0.3, 0.0)
+    ROUND = math.floor
+    """How the number of weights to drop becomes whole; the published codes differ."""
 
     def __init__(
         self,
@@ -51,6 +55,13 @@ class Regrowing(IntervalSparsifier):
         check_sparsity(self.drop_fraction, "drop_fraction")
         check_sparsity(self.last_fraction, "last_fraction")
         self.seed = seed
+
+    def _resolve(self, steps_per_epoch: int | None) -> UpdateSchedule:
+        """Without an update at the end of the run: what it grows would stay zero, and what it drops was of use."""
+        schedule = super()._resolve(steps_per_epoch)
+        if schedule.start >= schedule.total_steps:
+            raise ValueError(f"schedule: its first update must come before the end of the run, got {schedule}")
+        return replace(schedule, stop=min(schedule.stop, schedule.total_steps - 1))
 
     def timeline(self) -> str:
         how = "after the step there" if self.AFTER_STEP else "instead of the step there"
@@ -110,7 +121,7 @@ class Regrowing(IntervalSparsifier):
         weights = [self.masks.parameter(name).detach() for name in names]
         before = [self.masks.packed(name) for name in names]
         live = [self.allocation.live(self.masks, name) for name in names]
-        dropped = [int(fraction * count) for count in live]
+        dropped = [type(self).ROUND(fraction * count) for count in live]
         keep = [count - drop for count, drop in zip(live, dropped, strict=True)]
         kept = topk_mask(weights, keep, pattern=pattern, candidates=before)
         free = [_complement(k, w.numel()) for k, w in zip(kept, weights, strict=True)]

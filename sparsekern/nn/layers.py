@@ -50,7 +50,7 @@ def run_sparse(
     if isinstance(module, nn.Linear):
         return sparse_linear(input, weight, structure, bias)
     return sparse_conv2d(
-        input, weight, structure, bias, module.stride, _padding(module), module.dilation, module.groups
+        input, weight, structure, bias, module.stride, tuple(_padding(module)), module.dilation, module.groups
     )  # fmt: skip
 
 

@@ -3,7 +3,8 @@
 This file is the specification of ``torch.ops.sparsekern.sparse_conv2d`` and of its backward; kernels agree with
 `reference` to the rounding of a sum taken in another order.
 
-- ``input``: (N, in, H, W) or (in, H, W), any strides. ``weight``: (out, in / groups, kh, kw), dense.
+- ``input``: (N, in, H, W) or (in, H, W), any strides. ``weight``: (out, in / groups, kh, kw), dense, or its kept values
+  only, 1-d, as ``structure.pack`` orders them; bare operators are then told the ``shape`` of the weight.
 - W is the weight where ``structure`` (see `sparsekern.ops.sparse_structure`) keeps it and 0 elsewhere, selected and
   never multiplied: NaN and Inf off the mask reach nothing. The result is torch.nn.functional.conv2d with W, the layer
   of a pruned model in arXiv 2308.02060. ``structure`` is built for the same ``groups``.
@@ -13,50 +14,45 @@ This file is the specification of ``torch.ops.sparsekern.sparse_conv2d`` and of 
 - Gradients: those of that convolution; of weight, exactly 0 where it is not kept; of bias, the sum of grad over all but
   the channels. Second derivatives are refused.
 - The result and the gradient of input are channels_last if input is channels_last and not contiguous, else contiguous;
-  the gradient of weight likewise follows weight.
+  the gradient of weight likewise follows weight, and is packed if weight is.
 - Empty operands are ordinary: a sum of no terms is 0.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Sequence
-from typing import Any, SupportsIndex
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from sparsekern import _library
+from sparsekern.ops import sparse_calls, sparse_kernels
+from sparsekern.ops.geometry import empty, output_size, pair, without_gaps
 from sparsekern.ops.sparse_structure import (
     SparseStructure,
     check_dims,
-    check_form,
     check_operands,
-    check_tensors,
     compiled_form,
-    mask_from_tensors,
+    kept_values,
+    selected,
 )
 
 SCHEMA = (
     "sparse_conv2d(Tensor input, Tensor weight, Tensor[] structure, str layout, Tensor? bias, int[] stride,"
-    " int[] padding, int[] dilation, int groups) -> Tensor"
+    " int[] padding, int[] dilation, int groups, int[]? shape=None) -> Tensor"
 )
 BACKWARD_SCHEMA = (
     "sparse_conv2d_backward(Tensor grad, Tensor input, Tensor weight, Tensor[] structure, str layout, int[] stride,"
-    " int[] padding, int[] dilation, int groups, bool[] needs)"
+    " int[] padding, int[] dilation, int groups, bool[] needs, int[]? shape=None)"
     " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
 )
 
 
-def _empty(shape: Sequence[int], like: Tensor) -> Tensor:
-    """Uninitialised, in the memory format that follows ``like``."""
-    last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
-    chosen = torch.channels_last if last else torch.contiguous_format
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=chosen)
-
-
-def _output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+def _shape(weight: Tensor, shape: Sequence[int] | None) -> tuple[int, ...]:
+    """That of the weight, packed or not."""
+    if weight.dim() == 1 and (shape is None or len(shape) != 4):
+        raise ValueError(f"shape={shape}: expected the four sizes of the packed weight")
+    return tuple(shape) if weight.dim() == 1 else tuple(weight.shape)
 
 
 def reference(
@@ -69,15 +65,15 @@ def reference(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    shape: Sequence[int] | None = None,
 ) -> Tensor:
     """Plain PyTorch: the dense operator on the selected weight."""
-    mask = mask_from_tensors(structure, layout, weight.shape, groups)
-    result = fake(input, weight, structure, layout, bias, stride, padding, dilation, groups)
+    kept = selected(weight, structure, layout, shape, groups)
+    result = fake(input, weight, structure, layout, bias, stride, padding, dilation, groups, shape)
     if not result.numel():
         return result
-    if not (input.numel() and weight.numel()):  # torch refuses some of these
+    if not (input.numel() and kept.numel()):  # torch refuses some of these
         return result.zero_() if bias is None else result.copy_(bias.reshape(-1, 1, 1))
-    kept = torch.where(mask, weight, 0)
     return result.copy_(torch.nn.functional.conv2d(input, kept, bias, stride, padding, dilation, groups))
 
 
@@ -91,13 +87,15 @@ def fake(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    shape: Sequence[int] | None = None,
 ) -> Tensor:
     """Shapes and memory format only."""
-    check_dims(4, {"input": input, "weight": weight})
+    check_dims(4, {"input": input}, weight)
     for name, values, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
-        _pair(name, list(values), least)
-    sizes = [_output_size(input.shape[i + 2], weight.shape[i + 2], stride[i], padding[i], dilation[i]) for i in (0, 1)]
-    return _empty((input.shape[0], weight.shape[0], *sizes), input)
+        pair(name, list(values), least)
+    out, _, *kernel = _shape(weight, shape)
+    sizes = [output_size(input.shape[i + 2], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1)]
+    return empty((input.shape[0], out, *sizes), input)
 
 
 def backward_reference(
@@ -111,24 +109,24 @@ def backward_reference(
     dilation: Sequence[int],
     groups: int,
     needs: Sequence[bool],
+    shape: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, weight and bias; one that ``needs`` does not ask for has no elements."""
-    mask = mask_from_tensors(structure, layout, weight.shape, groups)
-    results = backward_fake(grad, input, weight, structure, layout, stride, padding, dilation, groups, needs)
+    kept = selected(weight, structure, layout, shape, groups)
+    results = backward_fake(grad, input, weight, structure, layout, stride, padding, dilation, groups, needs, shape)
     if needs[2]:
         results[2].copy_(grad.sum((0, 2, 3)))
-    if not (grad.numel() and input.numel() and weight.numel()):
-        results[0].zero_()
-        results[1].zero_()
-        return results
+    if not (grad.numel() and input.numel() and kept.numel()):
+        return results[0].zero_(), results[1].zero_(), results[2]
     found = torch.ops.aten.convolution_backward(
-        grad, input, torch.where(mask, weight, 0), None, stride, padding, dilation, False, [0, 0], groups,
+        grad, input, kept, None, stride, padding, dilation, False, [0, 0], groups,
         [needs[0], needs[1], False],
     )  # fmt: skip
     if needs[0]:
         results[0].copy_(found[0])
     if needs[1]:
-        results[1].copy_(torch.where(mask, found[1], 0))
+        values = kept_values(found[1], structure, layout, kept.shape)
+        results[1].copy_(values if weight.dim() == 1 else selected(values, structure, layout, kept.shape, groups))
     return results
 
 
@@ -143,89 +141,81 @@ def backward_fake(
     dilation: Sequence[int],
     groups: int,
     needs: Sequence[bool],
+    shape: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes and memory formats only."""
-    check_dims(4, {"grad": grad, "input": input, "weight": weight}, needs)
+    check_dims(4, {"grad": grad, "input": input}, weight, needs)
     return (
-        _empty(input.shape, input) if needs[0] else grad.new_empty((0,)),
-        _empty(weight.shape, weight) if needs[1] else grad.new_empty((0,)),
-        grad.new_empty((weight.shape[0] if needs[2] else 0,)),
+        empty(input.shape, input) if needs[0] else grad.new_empty((0,)),
+        empty(weight.shape, weight) if needs[1] else grad.new_empty((0,)),
+        grad.new_empty((_shape(weight, shape)[0] if needs[2] else 0,)),
     )
 
 
-def _dense(t: Tensor) -> Tensor:
-    """Contiguous in one of the two memory formats."""
-    return t if t.is_contiguous(memory_format=torch.channels_last) else t.contiguous()
-
-
-def _cpu(native: Callable[..., bool]) -> Callable[..., Tensor]:
+def _cpu(
+    input: Tensor,
+    weight: Tensor,
+    structure: Sequence[Tensor],
+    layout: str,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    shape: Sequence[int] | None = None,
+) -> Tensor:
     """The CPU operator: compiled for float32, the reference for the rest and where nothing is compiled."""
-
-    def sparse_conv2d_cpu(
-        input: Tensor, weight: Tensor, structure: Sequence[Tensor], layout: str, bias: Tensor | None, *geometry: Any
-    ) -> Tensor:
-        if not compiled_form(input, weight, bias):
-            return reference(input, weight, structure, layout, bias, *geometry)
-        check_form(structure, layout, weight.shape, geometry[-1])
-        result = fake(input, weight, structure, layout, bias, *geometry)
-        added = None if bias is None else bias.contiguous()
-        if not native(result, _dense(input), weight, structure, layout, added, *geometry):
-            check_tensors(structure, layout, weight.shape, geometry[-1])
-        return result
-
-    return sparse_conv2d_cpu
+    if not compiled_form(input, weight, bias):
+        return reference(input, weight, structure, layout, bias, stride, padding, dilation, groups, shape)
+    result = fake(input, weight, structure, layout, bias, stride, padding, dilation, groups, shape)
+    sparse = sparse_kernels.Weight(without_gaps(weight), structure, layout, _shape(weight, shape), groups)
+    sparse_kernels.run_product(sparse, without_gaps(input), result, bias, (*stride, *padding, *dilation))
+    return result
 
 
-def _backward_cpu(native: Callable[..., bool]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+def _backward_cpu(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    structure: Sequence[Tensor],
+    layout: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    needs: Sequence[bool],
+    shape: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The CPU gradients: compiled for float32, the reference for the rest and where nothing is compiled."""
-
-    def sparse_conv2d_backward_cpu(
-        grad: Tensor, input: Tensor, weight: Tensor, structure: Sequence[Tensor], layout: str, *rest: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if not compiled_form(grad, input, weight):
-            return backward_reference(grad, input, weight, structure, layout, *rest)
-        *geometry, needs = rest
-        check_form(structure, layout, weight.shape, geometry[-1])
-        results = backward_fake(grad, input, weight, structure, layout, *rest)
-        results[1].zero_()
-        if max(geometry[0]) > 1:
-            results[0].zero_()  # the stride may leave pixels that no tap reaches
-        if needs[2]:
-            results[2].copy_(grad.sum((0, 2, 3)))
-        if not native(results[0], results[1], _dense(grad), _dense(input), weight, structure, layout, *geometry):
-            check_tensors(structure, layout, weight.shape, geometry[-1])
-        return results
-
-    return sparse_conv2d_backward_cpu
+    rest = stride, padding, dilation, groups, needs, shape
+    if not compiled_form(grad, input, weight):
+        return backward_reference(grad, input, weight, structure, layout, *rest)
+    results = backward_fake(grad, input, weight, structure, layout, *rest)
+    if needs[2]:
+        results[2].copy_(grad.sum((0, 2, 3)))
+    sparse = sparse_kernels.Weight(without_gaps(weight), structure, layout, _shape(weight, shape), groups)
+    geometry = (*stride, *padding, *dilation)
+    sparse_kernels.run_gradients(sparse, without_gaps(grad), without_gaps(input), results[0], results[1], geometry)
+    return results
 
 
 _op = _library.define(SCHEMA, reference, fake)
 _backward_op = _library.define(BACKWARD_SCHEMA, backward_reference, backward_fake)
-_library.define_cpu(
-    "sparse_conv2d",
-    "_sparse_conv2d_cpu(Tensor(a!) result, Tensor input, Tensor weight, Tensor[] structure, str layout, Tensor? bias,"
-    " int[] stride, int[] padding, int[] dilation, int groups) -> bool",
-    _cpu,
-)
-_library.define_cpu(
-    "sparse_conv2d_backward",
-    "_sparse_conv2d_backward_cpu(Tensor(a!) grad_input, Tensor(b!) grad_weight, Tensor grad, Tensor input,"
-    " Tensor weight, Tensor[] structure, str layout, int[] stride, int[] padding, int[] dilation, int groups) -> bool",
-    _backward_cpu,
-)
+_library.define_cpu("sparse_conv2d", sparse_kernels.product, _cpu)
+_library.define_cpu("sparse_conv2d_backward", sparse_kernels.input_gradient, _backward_cpu)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    input, weight, structure, ctx.layout, _, *ctx.geometry = inputs
+    input, weight, structure, ctx.layout, _, *ctx.geometry, ctx.shape = inputs
     ctx.save_for_backward(input, weight, *structure)
 
 
 def _backward(ctx, grad: Tensor):
     input, weight, *structure = ctx.saved_tensors
     needs = [bool(ctx.needs_input_grad[i]) for i in (0, 1, 4)]
-    found = _backward_op(grad, input, weight, structure, ctx.layout, *ctx.geometry, needs)
+    found = _backward_op(grad, input, weight, structure, ctx.layout, *ctx.geometry, needs, ctx.shape)
     g = [t if need else None for t, need in zip(found, needs, strict=True)]
-    return g[0], g[1], [None] * len(structure), None, g[2], None, None, None, None
+    return g[0], g[1], [None] * len(structure), None, g[2], None, None, None, None, None
 
 
 def _refuse(ctx, *grads):
@@ -236,17 +226,6 @@ torch.library.register_autograd(
     "sparsekern::sparse_conv2d", _backward, setup_context=_setup_context, lib=_library._definitions
 )
 torch.library.register_autograd("sparsekern::sparse_conv2d_backward", _refuse, lib=_library._definitions)
-
-
-def _pair(name: str, value: object, least: int) -> list[int]:
-    values = list(value) if isinstance(value, (list, tuple)) else [value, value]
-    for v in values:
-        # A protocol takes microseconds to ask, which a small layer feels.
-        if type(v) is not int and (isinstance(v, (bool, Tensor)) or not isinstance(v, SupportsIndex)):
-            raise TypeError(f"{name}={value!r}: expected an int or two ints")
-    if len(values) != 2 or any(operator.index(v) < least for v in values):
-        raise ValueError(f"{name}={value!r}: expected an int or two ints, {least} or more")
-    return [operator.index(v) for v in values]
 
 
 def sparse_conv2d(
@@ -260,29 +239,36 @@ def sparse_conv2d(
     groups: int = 1,
 ) -> Tensor:
     """Convolution with the weights that ``structure`` keeps; see the head of this file for every rule."""
+    given = stride, padding, dilation, groups
+    if (known := sparse_calls.repeat(input, weight, structure, bias, given)) is not None:
+        return known
     check_operands(input, weight, structure, bias, 4)
     if isinstance(groups, bool) or groups != structure.groups:
         raise ValueError(f"groups={groups!r}: expected {structure.groups}, the groups of structure")
-    steps, pads, holes = _pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1)
-    channels = weight.shape[1] * structure.groups
+    steps, pads, holes = pair("stride", stride, 1), pair("padding", padding, 0), pair("dilation", dilation, 1)
+    shape = structure.shape
+    channels = shape[1] * structure.groups
     if input.dim() not in (3, 4) or input.shape[-3] != channels:
         raise ValueError(
             f"input has shape {tuple(input.shape)}: expected (N, {channels}, H, W) or ({channels}, H, W) for a weight "
-            f"of shape {tuple(weight.shape)} with groups={groups}"
+            f"of shape {tuple(shape)} with groups={groups}"
         )
+    if min(shape[2:]) < 1:
+        raise ValueError(f"weight has shape {tuple(shape)}: expected a kernel of one element or more")
     for i in (0, 1):
-        reach, size = holes[i] * (weight.shape[i + 2] - 1) + 1, input.shape[i - 2] + 2 * pads[i]
-        if weight.shape[i + 2] < 1:
-            raise ValueError(f"weight has shape {tuple(weight.shape)}: expected a kernel of one element or more")
+        reach, size = holes[i] * (shape[i + 2] - 1) + 1, input.shape[i - 2] + 2 * pads[i]
         if size < reach:
-            raise ValueError(
-                f"input has shape {tuple(input.shape)}: expected a padded size of at least {reach} in dim {i - 2}, the "
-                f"extent of the kernel, got {size}"
-            )
+            wanted = f"expected a padded size of at least {reach} in dim {i - 2}, the extent of the kernel, got {size}"
+            raise ValueError(f"input has shape {tuple(input.shape)}: {wanted}")
     batch = input if input.dim() == 4 else input.unsqueeze(0)
-    tensors, count = list(structure.tensors), structure.groups
-    result = _op(batch, weight, tensors, structure.layout, bias, steps, pads, holes, count)
-    return result if input.dim() == 4 else result.squeeze(0)
+    result = _op(
+        batch, weight, list(structure.tensors), structure.layout, bias, steps, pads, holes, structure.groups, shape
+    )  # fmt: skip
+    if input.dim() == 3:
+        return result.squeeze(0)
+    if without_gaps(input) is input and without_gaps(weight) is weight:
+        sparse_calls.remember(input, weight, structure, bias, given, (*steps, *pads, *holes), result)
+    return result
 
 
 sparse_conv2d.reference = reference  # type: ignore[attr-defined]

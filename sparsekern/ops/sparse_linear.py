@@ -3,152 +3,190 @@
 This file is the specification of ``torch.ops.sparsekern.sparse_linear`` and of its backward; kernels agree with
 `reference` to the rounding of a sum taken in another order.
 
-- ``input``: (*, in), any number of leading dims, any strides. ``weight``: (out, in), an ordinary dense parameter.
+- ``input``: (*, in), any number of leading dims, any strides. ``weight``: (out, in), dense, or its kept values only,
+  1-d, as ``structure.pack`` orders them; bare operators are then told the ``shape`` of the weight.
 - W is the weight where ``structure`` (see `sparsekern.ops.sparse_structure`) keeps it and 0 elsewhere, selected and
   never multiplied: NaN and Inf off the mask reach nothing. The layer of a pruned model in arXiv 2308.02060.
 - A non-finite input may or may not reach an output that sees it through pruned weights only (0 * NaN).
 - float16, bfloat16, float32 or float64, one dtype for all operands. The result, (*, out), is contiguous.
 - Gradients: of input, grad @ W; of weight, grad.T @ input where it is kept and exactly 0 elsewhere; of bias, the sum of
-  grad over the leading dims. All contiguous. Second derivatives are refused.
+  grad over the leading dims. All contiguous; that of a packed weight is packed. Second derivatives are refused.
 - Empty operands are ordinary: a sum of no terms is 0.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from sparsekern import _library
+from sparsekern.ops import sparse_kernels
 from sparsekern.ops.sparse_structure import (
     SparseStructure,
     check_dims,
-    check_form,
     check_operands,
-    check_tensors,
     compiled_form,
-    mask_from_tensors,
+    kept_values,
+    selected,
 )
 
-SCHEMA = "sparse_linear(Tensor input, Tensor weight, Tensor[] structure, str layout, Tensor? bias) -> Tensor"
+SCHEMA = (
+    "sparse_linear(Tensor input, Tensor weight, Tensor[] structure, str layout, Tensor? bias, int[]? shape=None)"
+    " -> Tensor"
+)
 BACKWARD_SCHEMA = (
-    "sparse_linear_backward(Tensor grad, Tensor input, Tensor weight, Tensor[] structure, str layout, bool[] needs)"
-    " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
+    "sparse_linear_backward(Tensor grad, Tensor input, Tensor weight, Tensor[] structure, str layout, bool[] needs,"
+    " int[]? shape=None) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
 )
 
 
-def reference(input: Tensor, weight: Tensor, structure: Sequence[Tensor], layout: str, bias: Tensor | None) -> Tensor:
+def _shape(weight: Tensor, shape: Sequence[int] | None) -> tuple[int, ...]:
+    """That of the weight, packed or not."""
+    if weight.dim() == 1 and (shape is None or len(shape) != 2):
+        raise ValueError(f"shape={shape}: expected the two sizes of the packed weight")
+    return tuple(shape) if weight.dim() == 1 else tuple(weight.shape)
+
+
+def reference(
+    input: Tensor,
+    weight: Tensor,
+    structure: Sequence[Tensor],
+    layout: str,
+    bias: Tensor | None,
+    shape: Sequence[int] | None = None,
+) -> Tensor:
     """Plain PyTorch: the dense operator on the selected weight."""
-    kept = torch.where(mask_from_tensors(structure, layout, weight.shape), weight, 0)
+    kept = selected(weight, structure, layout, shape)
     return torch.nn.functional.linear(input, kept, bias).contiguous()
 
 
-def fake(input: Tensor, weight: Tensor, structure: Sequence[Tensor], layout: str, bias: Tensor | None) -> Tensor:
+def fake(
+    input: Tensor,
+    weight: Tensor,
+    structure: Sequence[Tensor],
+    layout: str,
+    bias: Tensor | None,
+    shape: Sequence[int] | None = None,
+) -> Tensor:
     """Shapes only."""
-    check_dims(2, {"weight": weight})
+    check_dims(2, {}, weight)
     if input.dim() < 1:
         raise ValueError("input has 0 dims: expected one or more")
-    return input.new_empty((*input.shape[:-1], weight.shape[0]))
+    return input.new_empty((*input.shape[:-1], _shape(weight, shape)[0]))
 
 
 def backward_reference(
-    grad: Tensor, input: Tensor, weight: Tensor, structure: Sequence[Tensor], layout: str, needs: Sequence[bool]
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    structure: Sequence[Tensor],
+    layout: str,
+    needs: Sequence[bool],
+    shape: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, weight and bias; one that ``needs`` does not ask for has no elements."""
-    mask = mask_from_tensors(structure, layout, weight.shape)
-    results = list(backward_fake(grad, input, weight, structure, layout, needs))
+    kept = selected(weight, structure, layout, shape)
+    results = backward_fake(grad, input, weight, structure, layout, needs, shape)
     rows = math.prod(input.shape[:-1])
-    flat = grad.reshape(rows, weight.shape[0])
+    flat = grad.reshape(rows, kept.shape[0])
     if needs[0]:
-        results[0].copy_((flat @ torch.where(mask, weight, 0)).reshape(input.shape))
+        results[0].copy_((flat @ kept).reshape(input.shape))
     if needs[1]:
-        results[1].copy_(torch.where(mask, flat.t() @ input.reshape(rows, weight.shape[1]), 0))
+        values = kept_values(flat.t() @ input.reshape(rows, kept.shape[1]), structure, layout, kept.shape)
+        results[1].copy_(values if weight.dim() == 1 else selected(values, structure, layout, kept.shape))
     if needs[2]:
         results[2].copy_(flat.sum(0))
-    return results[0], results[1], results[2]
+    return results
 
 
 def backward_fake(
-    grad: Tensor, input: Tensor, weight: Tensor, structure: Sequence[Tensor], layout: str, needs: Sequence[bool]
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    structure: Sequence[Tensor],
+    layout: str,
+    needs: Sequence[bool],
+    shape: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes only."""
-    check_dims(2, {"weight": weight}, needs)
-    shapes = (input.shape, weight.shape, weight.shape[:1])
-    results = [grad.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True)]
+    check_dims(2, {}, weight, needs)
+    shapes = (input.shape, weight.shape, _shape(weight, shape)[:1])
+    results = [grad.new_empty(size if need else (0,)) for size, need in zip(shapes, needs, strict=True)]
     return results[0], results[1], results[2]
 
 
-def _cpu(native: Callable[..., bool]) -> Callable[..., Tensor]:
+_GEOMETRY = (1, 1, 0, 0, 1, 1)
+
+
+def _pixels(rows: Tensor) -> Tensor:
+    """The rows as the pixels of one image one pixel high, channels last; of the gradient nobody needs, itself."""
+    return rows.reshape(-1, rows.shape[-1]).t()[None, :, None] if rows.numel() else rows
+
+
+def _sparse(
+    weight: Tensor, structure: Sequence[Tensor], layout: str, shape: Sequence[int] | None
+) -> sparse_kernels.Weight:
+    return sparse_kernels.Weight(weight.contiguous(), structure, layout, (*_shape(weight, shape), 1, 1), 1)
+
+
+def _cpu(
+    input: Tensor,
+    weight: Tensor,
+    structure: Sequence[Tensor],
+    layout: str,
+    bias: Tensor | None,
+    shape: Sequence[int] | None = None,
+) -> Tensor:
     """The CPU operator: compiled for float32, the reference for the rest and where nothing is compiled."""
-
-    def sparse_linear_cpu(
-        input: Tensor, weight: Tensor, structure: Sequence[Tensor], layout: str, bias: Tensor | None
-    ) -> Tensor:
-        if not compiled_form(input, weight, bias):
-            return reference(input, weight, structure, layout, bias)
-        check_form(structure, layout, weight.shape)
-        result = fake(input, weight, structure, layout, bias)
-        added = None if bias is None else bias.contiguous()
-        flat = input.reshape(-1, input.shape[-1])
-        if not native(result.reshape(-1, weight.shape[0]), flat, weight, structure, layout, added):
-            check_tensors(structure, layout, weight.shape)
-        return result
-
-    return sparse_linear_cpu
+    if not compiled_form(input, weight, bias):
+        return reference(input, weight, structure, layout, bias, shape)
+    result = fake(input, weight, structure, layout, bias, shape)
+    sparse = _sparse(weight, structure, layout, shape)
+    sparse_kernels.run_product(sparse, _pixels(input), _pixels(result), bias, _GEOMETRY)
+    return result
 
 
-def _backward_cpu(native: Callable[..., bool]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+def _backward_cpu(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    structure: Sequence[Tensor],
+    layout: str,
+    needs: Sequence[bool],
+    shape: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The CPU gradients: compiled for float32, the reference for the rest and where nothing is compiled."""
-
-    def sparse_linear_backward_cpu(
-        grad: Tensor, input: Tensor, weight: Tensor, structure: Sequence[Tensor], layout: str, needs: Sequence[bool]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if not compiled_form(grad, input, weight):
-            return backward_reference(grad, input, weight, structure, layout, needs)
-        check_form(structure, layout, weight.shape)
-        results = backward_fake(grad, input, weight, structure, layout, needs)
-        flat, rows = grad.reshape(-1, weight.shape[0]), input.reshape(-1, weight.shape[1])
-        results[1].zero_()
-        if needs[2]:
-            results[2].copy_(flat.sum(0))
-        into = results[0].reshape(-1, weight.shape[1])
-        if not native(into, results[1], flat, rows, weight, structure, layout):
-            check_tensors(structure, layout, weight.shape)
-        return results
-
-    return sparse_linear_backward_cpu
+    if not compiled_form(grad, input, weight):
+        return backward_reference(grad, input, weight, structure, layout, needs, shape)
+    results = backward_fake(grad, input, weight, structure, layout, needs, shape)
+    if needs[2]:
+        results[2].copy_(grad.reshape(-1, grad.shape[-1]).sum(0))
+    sparse = _sparse(weight, structure, layout, shape)
+    into = _pixels(results[0])
+    sparse_kernels.run_gradients(sparse, _pixels(grad), _pixels(input), into, results[1], _GEOMETRY)
+    return results
 
 
 _op = _library.define(SCHEMA, reference, fake)
 _backward_op = _library.define(BACKWARD_SCHEMA, backward_reference, backward_fake)
-_library.define_cpu(
-    "sparse_linear",
-    "_sparse_linear_cpu(Tensor(a!) result, Tensor input, Tensor weight, Tensor[] structure, str layout, Tensor? bias)"
-    " -> bool",
-    _cpu,
-)
-_library.define_cpu(
-    "sparse_linear_backward",
-    "_sparse_linear_backward_cpu(Tensor(a!) grad_input, Tensor(b!) grad_weight, Tensor grad, Tensor input,"
-    " Tensor weight, Tensor[] structure, str layout) -> bool",
-    _backward_cpu,
-)
+_library.define_cpu("sparse_linear", sparse_kernels.product, _cpu)
+_library.define_cpu("sparse_linear_backward", sparse_kernels.input_gradient, _backward_cpu)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    input, weight, structure, layout, _ = inputs
+    input, weight, structure, ctx.layout, _, ctx.shape = inputs
     ctx.save_for_backward(input, weight, *structure)
-    ctx.layout = layout
 
 
 def _backward(ctx, grad: Tensor):
     input, weight, *structure = ctx.saved_tensors
     needs = [bool(ctx.needs_input_grad[i]) for i in (0, 1, 4)]
-    found = _backward_op(grad, input, weight, structure, ctx.layout, needs)
+    found = _backward_op(grad, input, weight, structure, ctx.layout, needs, ctx.shape)
     g = [t if need else None for t, need in zip(found, needs, strict=True)]
-    return g[0], g[1], [None] * len(structure), None, g[2]
+    return g[0], g[1], [None] * len(structure), None, g[2], None
 
 
 def _refuse(ctx, *grads):
@@ -164,9 +202,10 @@ torch.library.register_autograd("sparsekern::sparse_linear_backward", _refuse, l
 def sparse_linear(input: Tensor, weight: Tensor, structure: SparseStructure, bias: Tensor | None = None) -> Tensor:
     """``input @ W.T + bias`` with the weights that ``structure`` keeps; see the head of this file for every rule."""
     check_operands(input, weight, structure, bias, 2)
-    if input.dim() < 1 or input.shape[-1] != weight.shape[1]:
-        raise ValueError(f"input has shape {tuple(input.shape)}: expected (*, {weight.shape[1]}), the weight's inputs")
-    return _op(input, weight, list(structure.tensors), structure.layout, bias)
+    shape = structure.shape
+    if input.dim() < 1 or input.shape[-1] != shape[1]:
+        raise ValueError(f"input has shape {tuple(input.shape)}: expected (*, {shape[1]}), the weight's inputs")
+    return _op(input, weight, list(structure.tensors), structure.layout, bias, shape)
 
 
 sparse_linear.reference = reference  # type: ignore[attr-defined]

@@ -31,8 +31,8 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import SupportsIndex
+from dataclasses import dataclass, field
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -127,6 +127,37 @@ def _flat_positions(pointers: Tensor, indices: Tensor, columns: int) -> Tensor:
     return rows * columns + indices
 
 
+def _as_blocks(weight: Tensor, layout: str) -> Tensor:
+    """(*grid, elements of a block)."""
+    axis = _BLOCK_AXIS.get(layout)
+    return weight.unsqueeze(-1) if axis is None else weight.unflatten(axis, (-1, 4)).movedim(axis + 1, -1)
+
+
+def kept_values(weight: Tensor, tensors: Sequence[Tensor], layout: str, shape: Sequence[int]) -> Tensor:
+    """The kept weights of checked tensors, 1-d: the packed form of a weight."""
+    flat = _flat_positions(*tensors, math.prod(_grid(shape, layout)[1:]))
+    return _as_blocks(weight, layout).flatten(0, -2)[flat].flatten()
+
+
+def selected(
+    weight: Tensor, tensors: Sequence[Tensor], layout: str, shape: Sequence[int] | None, groups: int = 1
+) -> Tensor:
+    """The weight, dense or packed, as a dense one that is 0 where it is not kept; checks the tensors."""
+    if weight.dim() > 1:
+        return torch.where(mask_from_tensors(tensors, layout, weight.shape, groups), weight, 0)
+    if shape is None:
+        raise ValueError("shape=None: expected the shape of the packed weight")
+    check_tensors(tensors, layout, shape, groups)
+    grid, axis = _grid(shape, layout), _BLOCK_AXIS.get(layout)
+    flat = _flat_positions(*tensors, math.prod(grid[1:]))
+    size = 1 if axis is None else 4
+    if weight.numel() != flat.numel() * size:
+        raise ValueError(f"weight has {weight.numel()} packed values: expected {flat.numel() * size}")
+    zeros = weight.new_zeros(math.prod(grid), size)
+    blocks = zeros.index_put((flat,), weight.reshape(-1, size)).reshape(*grid, size)
+    return blocks.squeeze(-1) if axis is None else blocks.movedim(-1, axis + 1).flatten(axis, axis + 1)
+
+
 def mask_from_tensors(tensors: Sequence[Tensor], layout: str, shape: Sequence[int], groups: int = 1) -> Tensor:
     """The bool mask, in the weight's shape, that checked tensors stand for."""
     check_tensors(tensors, layout, shape, groups)
@@ -146,6 +177,11 @@ class SparseStructure:
     groups: int
     layout: str
     tensors: tuple[Tensor, Tensor]
+    calls: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+    """What `sparsekern.ops.sparse_calls` remembers; dropped by copies and pickles."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "calls": {}}
 
     def __post_init__(self) -> None:
         if len(self.shape) not in (2, 4):
@@ -165,6 +201,22 @@ class SparseStructure:
     def mask(self) -> Tensor:
         """The bool mask, row-major, in the weight's shape."""
         return mask_from_tensors(self.tensors, self.layout, self.shape, self.groups)
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """The kept weights, 1-d, row after row and block after block; differentiable.
+
+        Operators take it in place of the weight. They need not collect it first then, which on a small image costs
+        more than the product, and its gradient is as short.
+        """
+        if tuple(weight.shape) != tuple(self.shape):
+            raise ValueError(f"weight has shape {tuple(weight.shape)}: expected {tuple(self.shape)}")
+        return kept_values(weight, self.tensors, self.layout, self.shape)
+
+    def unpack(self, values: Tensor) -> Tensor:
+        """The weight, 0 where it is not kept, of packed values; differentiable."""
+        if values.dim() != 1:
+            raise ValueError(f"values has {values.dim()} dim(s): expected 1")
+        return selected(values, self.tensors, self.layout, self.shape, self.groups)
 
 
 def sparse_structure(weight_or_mask: Tensor, pattern: str = "unstructured", *, groups: int = 1) -> SparseStructure:
@@ -215,19 +267,27 @@ def check_operands(input: Tensor, weight: Tensor, structure: SparseStructure, bi
             raise ValueError(f"{name} is on {t.device}: expected {input.device}, the device of input")
     if structure.tensors[0].device != input.device:
         raise ValueError(f"structure is on {structure.tensors[0].device}: expected {input.device}, the device of input")
-    if weight.dim() != dims:
-        raise ValueError(f"weight has {weight.dim()} dim(s): expected {dims}")
-    if tuple(weight.shape) != tuple(structure.shape):
+    if len(structure.shape) != dims or weight.dim() not in (1, dims):
+        given = f"{weight.dim()} dim(s) and structure {len(structure.shape)}"
+        raise ValueError(f"weight has {given}: expected {dims}, or 1 for packed values")
+    if weight.dim() == 1 and weight.numel() != structure.kept:
+        raise ValueError(f"weight has {weight.numel()} packed values: expected {structure.kept}, as structure keeps")
+    if weight.dim() > 1 and tuple(weight.shape) != tuple(structure.shape):
         raise ValueError(f"structure is for a weight of shape {structure.shape}: expected {tuple(weight.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias has shape {tuple(bias.shape)}: expected ({weight.shape[0]},), the output channels")
+    if bias is not None and bias.shape != structure.shape[:1]:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}: expected ({structure.shape[0]},), the output channels")
 
 
-def check_dims(dims: int, tensors: dict[str, Tensor], needs: Sequence[bool] = (False, False, False)) -> None:
-    """What shapes are computed from, for bare calls of the operators: dims of the tensors, and three ``needs``."""
+def check_dims(
+    dims: int, tensors: dict[str, Tensor], weight: Tensor, needs: Sequence[bool] = (False, False, False)
+) -> None:
+    """What shapes are computed from, for bare calls of the operators: dims of the tensors and of the weight, which may
+    be packed, and three ``needs``."""
     for name, t in tensors.items():
         if t.dim() != dims:
             raise ValueError(f"{name} has {t.dim()} dim(s): expected {dims}")
+    if weight.dim() not in (1, dims):
+        raise ValueError(f"weight has {weight.dim()} dim(s): expected {dims}, or 1 for packed values")
     if len(needs) != 3:
         raise ValueError(f"needs has {len(needs)} entries: expected 3, for input, weight and bias")
 

@@ -23,6 +23,25 @@ struct SgdOptions {
   bool nesterov, maximize, keep_pruned_momentum, scaled;
 };
 
+// One parameter of masked_adamw_ with its two moments. The last two depend on how many steps it has taken: minus
+// lr / (1 - beta1^step), and the square root of 1 - beta2^step.
+struct AdamwTensor {
+  void* param;
+  const void* grad;
+  void* first;
+  void* second;
+  const uint8_t* mask;
+  Dtype dtype;
+  bool known_zero;
+  double negative_step_size, correction;
+};
+
+// `shrink` is 1 - lr * weight_decay, applied where `decays`.
+struct AdamwOptions {
+  double one_minus_beta1, beta2, one_minus_beta2, eps, shrink, grad_scale;
+  bool decays, maximize, scaled;
+};
+
 // One score tensor of topk_mask in storage order: (outer, axis, inner), cut along `axis` into blocks of four if
 // `block`, else single weights. `chosen` has one bit per group, and is the mask itself for single weights; `allowed`
 // has the candidates, one bit per group, or is null. `wide` asks for 64-bit keys, which order float64 values.
@@ -58,6 +77,18 @@ struct SparseRows {
   int64_t channel;
   int32_t tall, wide;
   bool padded;
+};
+
+// `count` pixels for a call of sparse_rows. Row `begin` goes to `out`, rows lie `width` floats apart; `stream`: past
+// the caches, to whole vectors on cache lines. The tile that comes next lies `ahead` floats on, 0 if none does or if it
+// need not be fetched; every `every`-th row fetches what it would read there.
+struct SparseTile {
+  const float* data;
+  int64_t count;
+  float* out;
+  int64_t width;
+  bool stream;
+  int64_t ahead, every;
 };
 
 // Lanes of a vector, and how many vectors of pixels one call of sparse_rows takes for blocks that are tall, and not.

@@ -15,17 +15,20 @@ constexpr int kDots = DotVec::kLanes < 4 ? 4 : DotVec::kLanes;
 template <int kTall, int kWide>
 inline void dots_of(const float* const (&x)[kDots / kTall], const float* gradient, int64_t width, int64_t count,
                     DotVec (&sum)[kDots]) {
-  for (int i = 0; i < kDots; ++i) sum[i] = DotVec::splat(0.0f);
-  for (int64_t p = 0; p < count; p += DotVec::kLanes) {
+  const auto add = [&](int64_t p, auto load) {
     DotVec g[kTall];
-    for (int t = 0; t < kTall; ++t) g[t] = DotVec::load(gradient + t * width + p);
+    for (int t = 0; t < kTall; ++t) g[t] = load(gradient + t * width + p);
 #pragma GCC unroll 16
     for (int i = 0; i < kDots / kTall; ++i) {
-      const DotVec a = DotVec::load(x[i] + p);
+      const DotVec a = load(x[i] + p);
 #pragma GCC unroll 4
       for (int t = 0; t < kTall; ++t) sum[i * kTall + t] = madd(a, g[t], sum[i * kTall + t]);
     }
-  }
+  };
+  for (int i = 0; i < kDots; ++i) sum[i] = DotVec::splat(0.0f);
+  int64_t p = 0;
+  for (; p + DotVec::kLanes <= count; p += DotVec::kLanes) add(p, [](const float* q) { return DotVec::load(q); });
+  if (p < count) add(p, [&](const float* q) { return DotVec::load(q, count - p); });
 }
 
 template <int kTall, int kWide>

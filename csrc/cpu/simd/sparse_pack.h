@@ -13,10 +13,14 @@ inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline PackVec load_stepped(const float* p, int64_t step, int64_t n) {
   if (step == 1) return PackVec::load(p, n);
+  if (step == 2) return PackVec::load_even(p, n);
   float lanes[PackVec::kLanes] = {};
   for (int64_t i = 0; i < n; ++i) lanes[i] = p[i * step];
   return PackVec::load(lanes);
 }
+
+// Channels between what is moved and what is fetched meanwhile.
+constexpr int64_t kAhead = 4;
 
 // The runs ascend; what lies between them becomes 0.
 void sparse_pack(const float* image, int64_t channel, int64_t step, const SparseRun* runs, int64_t count,
@@ -30,6 +34,7 @@ void sparse_pack(const float* image, int64_t channel, int64_t step, const Sparse
       const float* const from = image + runs[r].image;
       // Each store fills a whole vector: its zeros are the gap, or make room for the next run.
       int64_t i = 0;
+      for (int64_t j = 0; j < runs[r].count * step; j += 16) fetch<1>(from + kAhead * channel + j);
       if (step == 1) {
         for (; i + kLanes <= runs[r].count; i += kLanes) PackVec::load(from + i).store(packed + runs[r].packed + i);
       } else if (step == 2) {
@@ -75,6 +80,14 @@ void sparse_unpack(const float* packed, int64_t width, const SparseRun* runs, in
     for (int64_t r = 0; r < count; ++r) {
       const float* const from = packed + runs[r].packed;
       float* const to = image + runs[r].image;
+      for (int64_t j = 0; j < runs[r].count * step; j += 16) claim<1>(to + kAhead * channel + j);
+      if (step == 2) {
+        for (int64_t i = 0; i < runs[r].count; i += kLanes) {
+          const int64_t n = lesser(kLanes, runs[r].count - i);
+          PackVec::load(from + i, n).store_even(to + 2 * i, n);
+        }
+        continue;
+      }
       if (step != 1) {
         for (int64_t i = 0; i < runs[r].count; ++i) to[i * step] = from[i];
         continue;

@@ -32,11 +32,15 @@ struct F32x8 {
   void store(Float16* p) const {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
+  // Past the caches, to a whole vector; readers wait for `fence`.
+  void stream(float* p) const { _mm256_stream_ps(p, v); }
+  static void fence() { _mm_sfence(); }
   F32x8 keep(uint32_t bits) const {
     const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     const __m256i on = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane), lane);
     return {_mm256_and_ps(v, _mm256_castsi256_ps(on))};
   }
+  F32x8 root() const { return {_mm256_sqrt_ps(v)}; }
   F32x8 negate() const { return {_mm256_xor_ps(v, _mm256_set1_ps(-0.0f))}; }
   static F32x8 splat(float x) { return {_mm256_set1_ps(x)}; }
   // The first n lanes, 0 <= n <= 8; the others are 0, or not stored.
@@ -46,6 +50,21 @@ struct F32x8 {
   static F32x8 load_even(const float* p) {
     const __m256 pairs = _mm256_shuffle_ps(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 7), 0xd8);
     return {_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(pairs), 0xd8))};
+  }
+  // The first n of them, 0 < n <= 8; nothing behind the last is read.
+  static F32x8 load_even(const float* p, int64_t n) {
+    const int64_t read = 2 * n - 1;
+    const F32x8 low = load(p, read < 8 ? read : 8), high = load(p + 8, read < 8 ? 0 : read - 8);
+    const __m256 pairs = _mm256_shuffle_ps(low.v, high.v, 0x88);
+    return {_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(pairs), 0xd8))};
+  }
+  // The first n lanes to p[0], p[2], ..., 0 <= n <= 8; what lies between stays.
+  void store_even(float* p, int64_t n) const {
+    const __m256i even = _mm256_setr_epi32(-1, 0, -1, 0, -1, 0, -1, 0);
+    const __m256 low = _mm256_permutevar8x32_ps(v, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
+    const __m256 high = _mm256_permutevar8x32_ps(v, _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7));
+    _mm256_maskstore_ps(p, _mm256_and_si256(even, first(2 * n)), low);
+    _mm256_maskstore_ps(p + 8, _mm256_and_si256(even, first(2 * n - 8)), high);
   }
   static __m256i first(int64_t n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -86,8 +105,10 @@ struct F64x4 {
     const __m256i on = _mm256_cmpeq_epi64(_mm256_and_si256(_mm256_set1_epi64x(bits), lane), lane);
     return {_mm256_and_pd(v, _mm256_castsi256_pd(on))};
   }
+  F64x4 root() const { return {_mm256_sqrt_pd(v)}; }
   F64x4 negate() const { return {_mm256_xor_pd(v, _mm256_set1_pd(-0.0))}; }
 };
+inline F64x4 operator+(F64x4 a, F64x4 b) { return {_mm256_add_pd(a.v, b.v)}; }
 inline F64x4 operator*(F64x4 a, F64x4 b) { return {_mm256_mul_pd(a.v, b.v)}; }
 inline F64x4 operator/(F64x4 a, F64x4 b) { return {_mm256_div_pd(a.v, b.v)}; }
 inline F64x4 fma(F64x4 a, F64x4 b, F64x4 c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }

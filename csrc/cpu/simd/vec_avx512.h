@@ -32,7 +32,11 @@ struct F32x16 {
   void store(Float16* p) const {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT));
   }
+  // Past the caches, to a whole vector; readers wait for `fence`.
+  void stream(float* p) const { _mm512_stream_ps(p, v); }
+  static void fence() { _mm_sfence(); }
   F32x16 keep(uint32_t bits) const { return {_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), v)}; }
+  F32x16 root() const { return {_mm512_maskz_sqrt_ps(0xffff, v)}; }
   F32x16 negate() const { return {_mm512_xor_ps(v, _mm512_set1_ps(-0.0f))}; }
   static F32x16 splat(float x) { return {_mm512_set1_ps(x)}; }
   // The first n lanes, 0 <= n <= 16; the others are 0, or not stored.
@@ -42,6 +46,21 @@ struct F32x16 {
   static F32x16 load_even(const float* p) {
     const __m512i pick = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 17, 19, 21, 23, 25, 27, 29, 31);
     return {_mm512_permutex2var_ps(_mm512_loadu_ps(p), pick, _mm512_loadu_ps(p + 15))};
+  }
+  // The first n of them, 0 < n <= 16; nothing behind the last is read.
+  static F32x16 load_even(const float* p, int64_t n) {
+    const int64_t read = 2 * n - 1;
+    const __m512i pick = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const F32x16 low = load(p, read < 16 ? read : 16), high = load(p + 16, read < 16 ? 0 : read - 16);
+    return {_mm512_permutex2var_ps(low.v, pick, high.v)};
+  }
+  // The first n lanes to p[0], p[2], ..., 0 <= n <= 16; what lies between stays.
+  void store_even(float* p, int64_t n) const {
+    const uint32_t even = static_cast<uint32_t>((uint64_t{1} << 2 * n) - 1) & 0x55555555u;
+    const __m512i low = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+    const __m512i high = _mm512_setr_epi32(8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15);
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>(even), _mm512_maskz_permutexvar_ps(0xffff, low, v));
+    _mm512_mask_storeu_ps(p + 16, static_cast<__mmask16>(even >> 16), _mm512_maskz_permutexvar_ps(0xffff, high, v));
   }
   static __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
 };
@@ -82,8 +101,10 @@ struct F64x8 {
   static F64x8 load(const double* p) { return {_mm512_loadu_pd(p)}; }
   void store(double* p) const { _mm512_storeu_pd(p, v); }
   F64x8 keep(uint32_t bits) const { return {_mm512_maskz_mov_pd(static_cast<__mmask8>(bits), v)}; }
+  F64x8 root() const { return {_mm512_maskz_sqrt_pd(0xff, v)}; }
   F64x8 negate() const { return {_mm512_xor_pd(v, _mm512_set1_pd(-0.0))}; }
 };
+inline F64x8 operator+(F64x8 a, F64x8 b) { return {_mm512_add_pd(a.v, b.v)}; }
 inline F64x8 operator*(F64x8 a, F64x8 b) { return {_mm512_mul_pd(a.v, b.v)}; }
 inline F64x8 operator/(F64x8 a, F64x8 b) { return {_mm512_div_pd(a.v, b.v)}; }
 inline F64x8 fma(F64x8 a, F64x8 b, F64x8 c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }

@@ -56,6 +56,22 @@ inline Float16 narrow(float x, Float16) {
 inline float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline double fused(double a, double b, double c) { return __builtin_fma(a, b, c); }
 
+inline float square_root(float a) { return __builtin_sqrtf(a); }
+inline double square_root(double a) { return __builtin_sqrt(a); }
+
+// To the second level of the cache: `count` floats from p on, which need not be memory.
+template <int64_t kCount>
+inline void fetch(const float* p) {
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < kCount; i += 16) __builtin_prefetch(p + i, 0, 2);
+}
+// To the first level, to be written.
+template <int64_t kCount>
+inline void claim(float* p) {
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < kCount; i += 16) __builtin_prefetch(p + i, 1, 3);
+}
+
 // T is the compute type, float or double.
 template <class T>
 struct Lane {
@@ -72,8 +88,11 @@ struct Lane {
   void store(S* p) const {
     *p = narrow(value, S{});
   }
+  void stream(T* p) const { *p = value; }
+  static void fence() {}
   // Lanes whose bit is 0 become +0; `bits` holds one bit per lane from bit 0 on.
   Lane keep(uint32_t bits) const { return {bits & 1u ? value : T(0)}; }
+  Lane root() const { return {square_root(value)}; }
   Lane negate() const { return {-value}; }
   static Lane splat(T x) { return {x}; }
   // The first n lanes, 0 <= n <= 1; the other is 0, or not stored.
@@ -81,7 +100,9 @@ struct Lane {
   void store(T* p, int64_t n) const {
     if (n) *p = value;
   }
+  void store_even(T* p, int64_t n) const { store(p, n); }
   static Lane load_even(const T* p) { return {*p}; }
+  static Lane load_even(const T* p, int64_t) { return {*p}; }
 };
 template <class T>
 inline Lane<T> operator*(Lane<T> a, Lane<T> b) {

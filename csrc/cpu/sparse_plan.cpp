@@ -1,0 +1,145 @@
+#include "sparse_plan.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+
+namespace sparsekern {
+namespace {
+
+// The first numbers of a set, then its parts.
+struct Parts {
+  int32_t* pointers;
+  int32_t* activations;
+  int32_t* elements;
+  int32_t* end;
+  Parts(int32_t* plan, int64_t rows, int64_t blocks, int64_t width)
+      : pointers(plan + 2), activations(pointers + rows + 1), elements(activations + blocks), end(elements + blocks) {
+    plan[0] = static_cast<int32_t>(width);
+    plan[1] = static_cast<int32_t>(blocks);
+  }
+};
+
+template <int kBlock>
+void gather_blocks(const int32_t* elements, int64_t begin, int64_t end, const float* weight, int64_t step,
+                   float* values) {
+  for (int64_t k = begin; k < end; ++k) {
+    const float* const from = weight + elements[k];
+    for (int i = 0; i < kBlock; ++i) values[k * kBlock + i] = from[i * step];
+  }
+}
+
+// What a column of a structure stands for: the first of its channels in the group, and a tap.
+struct Column {
+  int32_t channel, y, x;
+};
+
+std::vector<Column> columns_of(const SparseShape& shape, int64_t down, int64_t across) {
+  std::vector<Column> columns;
+  columns.reserve(shape.channels / shape.wide * down * across);
+  for (int32_t c = 0; c < shape.channels; c += shape.wide) {
+    for (int32_t y = 0; y < down; ++y) {
+      for (int32_t x = 0; x < across; ++x) columns.push_back({c, y, x});
+    }
+  }
+  return columns;
+}
+
+// Blocks per task: 16 to 64 KiB of values.
+constexpr int64_t kGatherGrain = 4096;
+
+}  // namespace
+
+bool PlanReader::next(int64_t rows, PlannedRows& found) {
+  if (end_ - at_ < rows + 3) return false;
+  found.width = at_[0];
+  found.blocks = at_[1];
+  found.rows = rows;
+  if (found.blocks < 0 || end_ - at_ < planned_size(rows, found.blocks)) return false;
+  found.pointers = at_ + 2;
+  found.activations = found.pointers + rows + 1;
+  found.elements = found.activations + found.blocks;
+  at_ = found.elements + found.blocks;
+  return found.pointers[rows] == found.blocks;
+}
+
+bool is_structure(const SparseForm& form, int64_t taps) {
+  const int64_t rows = form.shape.block_rows(), columns = form.shape.channels / form.shape.wide * taps;
+  bool good = form.pointers[0] == 0 && form.pointers[rows] == form.blocks;
+  for (int64_t r = 0; r < rows; ++r) good = good && form.pointers[r] <= form.pointers[r + 1];
+  for (int64_t row = 0; good && row < rows; ++row) {
+    int64_t before = -1;
+    for (int64_t k = form.pointers[row]; k < form.pointers[row + 1]; before = form.indices[k++]) {
+      good = good && form.indices[k] > before && form.indices[k] < columns;
+    }
+  }
+  return good;
+}
+
+bool plan_rows(const SparseForm& form, const Grid& grid, int64_t width, int32_t* plan) {
+  const SparseShape& shape = form.shape;
+  const int64_t down = int64_t(grid.rows.taps.size()), across = int64_t(grid.columns.taps.size());
+  if (!is_structure(form, down * across)) return false;
+  const int64_t rows = shape.block_rows(), of_group = rows / shape.groups, all = shape.channels * shape.groups;
+  const Parts parts(plan, rows, form.blocks, width);
+  std::copy_n(form.pointers, rows + 1, parts.pointers);
+  const std::vector<Column> columns = columns_of(shape, down, across);
+  std::vector<int32_t> activations;  // of a column, for the first group
+  for (const Column& c : columns) {
+    const Axis::Tap &v = grid.rows.taps[c.y], &h = grid.columns.taps[c.x];
+    const int64_t plane = v.plane * int64_t(grid.columns.planes.size()) + h.plane;
+    const int64_t activation = (plane * all + c.channel) * width + v.shift * grid.pitch + h.shift;
+    activations.push_back(static_cast<int32_t>(activation));
+  }
+  for (int64_t row = 0; row < rows; ++row) {
+    const int32_t group = static_cast<int32_t>(row / of_group * shape.channels * width);
+    for (int64_t k = form.pointers[row]; k < form.pointers[row + 1]; ++k) {
+      const Column& c = columns[form.indices[k]];
+      parts.activations[k] = group + activations[form.indices[k]];
+      parts.elements[k] = static_cast<int32_t>(form.element(k, row, c.channel, c.y, c.x));
+    }
+  }
+  return true;
+}
+
+int32_t* plan_transposed(const SparseForm& form, const Phase& v, const Phase& h, const Grid& grid, int64_t width,
+                         int32_t* plan) {
+  const SparseShape& shape = form.shape;
+  const std::vector<Column> columns = columns_of(shape, int64_t(v.taps.size()), int64_t(h.taps.size()));
+  const int64_t of_group = shape.channels / shape.wide, rows = of_group * shape.groups;
+  const int64_t rows_of_group = shape.block_rows() / shape.groups;
+  const auto each = [&](auto body) {
+    for (int64_t row = 0; row < shape.block_rows(); ++row) {
+      for (int64_t k = form.pointers[row]; k < form.pointers[row + 1]; ++k) {
+        const Column& c = columns[form.indices[k]];
+        if (v.taps[c.y] < 0 || h.taps[c.x] < 0) continue;
+        body(row, k, c, row / rows_of_group * of_group + (shape.wide == 4 ? c.channel / 4 : c.channel));
+      }
+    }
+  };
+  std::vector<int32_t> next(rows + 1);
+  each([&](int64_t, int64_t, const Column&, int64_t target) { ++next[target + 1]; });
+  for (int64_t i = 0; i < rows; ++i) next[i + 1] += next[i];
+  const Parts parts(plan, rows, next[rows], width);
+  std::copy_n(next.begin(), rows + 1, parts.pointers);
+  each([&](int64_t row, int64_t k, const Column& c, int64_t target) {
+    const int64_t at = next[target]++;
+    const int64_t shift = grid.rows.taps[v.taps[c.y]].shift * grid.pitch + grid.columns.taps[h.taps[c.x]].shift;
+    parts.activations[at] = static_cast<int32_t>(row * shape.tall * width + shift);
+    parts.elements[at] = static_cast<int32_t>(form.element(k, row, c.channel, c.y, c.x));
+  });
+  return parts.end;
+}
+
+const float* gather_values(const PlannedRows& rows, const SparseShape& shape, const float* weight,
+                           Buffer<float>& buffer) {
+  const int64_t block = shape.block();
+  float* const values = buffer.get(rows.blocks * block);
+  const auto part = block == 4 ? gather_blocks<4> : gather_blocks<1>;
+  torch::stable::parallel_for(0, rows.blocks, kGatherGrain, [&](int64_t begin, int64_t end) {
+    part(rows.elements, begin, end, weight, shape.step, values);
+  });
+  return values;
+}
+
+}  // namespace sparsekern

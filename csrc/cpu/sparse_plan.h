@@ -1,0 +1,86 @@
+// From a structure that may lie to rows that a kernel may follow blindly: made once per structure and geometry.
+//
+// A plan is int32 numbers: for each set of rows its width, its count of blocks, the pointers of the rows, and per block
+// the activation that it reads (in a tile whose channels are `width` floats apart) and the element of the weight where
+// it begins. The product and the gradient of the weight have one set; the gradient of the input has one per pair of
+// phases of the stride, made of the transposed weight.
+#pragma once
+#include "sparse_buffer.h"
+#include "sparse_product.h"
+
+namespace sparsekern {
+
+// A sparse weight (out, in / groups, rows, columns) in blocks of `tall` outputs by `wide` inputs. Where it is stored,
+// `step` elements lie between those of one block.
+struct SparseShape {
+  int64_t outputs, channels, groups;
+  int32_t tall, wide;
+  int64_t step;
+
+  int64_t block_rows() const { return outputs / tall; }
+  int32_t block() const { return tall * wide; }
+};
+
+// Its structure, over the grid of sparsekern/ops/sparse_structure.py. A `packed` weight holds the kept blocks only, one
+// after another; else `strides` are its strides.
+struct SparseForm {
+  SparseShape shape;
+  bool packed;
+  int64_t strides[4];
+  const int32_t* pointers;
+  const int32_t* indices;
+  int64_t blocks;
+
+  // Where block k begins.
+  int64_t element(int64_t k, int64_t row, int64_t channel, int64_t y, int64_t x) const {
+    if (packed) return k * shape.block();
+    return row * shape.tall * strides[0] + channel * strides[1] + y * strides[2] + x * strides[3];
+  }
+};
+
+// One set of rows of a plan.
+struct PlannedRows {
+  const int32_t* pointers;
+  const int32_t* activations;
+  const int32_t* elements;
+  int64_t rows, blocks, width;
+};
+
+// Reads the sets of a plan in order.
+class PlanReader {
+ public:
+  PlanReader(const int32_t* plan, int64_t size) : at_(plan), end_(plan + size) {}
+  // False if the plan does not hold `rows` rows next.
+  bool next(int64_t rows, PlannedRows& found);
+
+ private:
+  const int32_t* at_;
+  const int32_t* end_;
+};
+
+// Numbers that a plan needs for a set of rows.
+inline int64_t planned_size(int64_t rows, int64_t blocks) { return rows + 3 + 2 * blocks; }
+
+// Writes the rows as they are. False if the structure is not one: pointers that fall or leave the indices, indices that
+// leave the grid or do not ascend.
+bool plan_rows(const SparseForm& form, const Grid& grid, int64_t width, int32_t* plan);
+
+// One phase of the stride along one axis: every `stride`-th input position from `first` on.
+struct Phase {
+  int64_t first;
+  Axis axis;              // reads the gradients
+  std::vector<int> taps;  // of the kernel -> tap of `axis`, or -1
+};
+
+// Writes the blocks whose taps lie in a pair of phases, by input channel: 4 x 1 becomes 1 x 4 and vice versa. Returns
+// the end of what was written. The structure must have passed `is_structure`.
+int32_t* plan_transposed(const SparseForm& form, const Phase& v, const Phase& h, const Grid& grid, int64_t width,
+                         int32_t* plan);
+
+bool is_structure(const SparseForm& form, int64_t taps);
+
+// The values of the rows, block after block.
+const float* gather_values(const PlannedRows& rows, const SparseShape& shape, const float* weight,
+                           Buffer<float>& buffer);
+
+}  // namespace sparsekern

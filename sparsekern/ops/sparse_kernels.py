@@ -1,0 +1,163 @@
+"""The compiled kernels of sparse_conv2d and sparse_linear on CPU, and the plans that they run on.
+
+A plan is made of a structure for one pass and geometry: its indices checked and turned into addresses. Making it costs
+about as much as one pass, so plans are kept as long as their structure's tensors. They hold nothing of the weight's
+values. A plan is a copy: tensors changed in place get a new one, and none can lead a kernel astray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from sparsekern import _library
+from sparsekern.ops.sparse_structure import check_form, check_tensors
+
+_make_plan = _library.define_native(
+    "_sparse_plan_cpu(Tensor(a!) plan, str kind, Tensor input, Tensor result, Tensor weight, Tensor[] structure,"
+    " str layout, int[] shape, int[] geometry, int groups) -> bool"
+)
+product = _library.define_native(
+    "_sparse_product_cpu(Tensor(a!) result, Tensor input, Tensor weight, Tensor plan, str layout, Tensor? bias,"
+    " int[] shape, int[] geometry, int groups) -> bool"
+)
+weight_gradient = _library.define_native(
+    "_sparse_weight_gradient_cpu(Tensor(a!) result, Tensor grad, Tensor input, Tensor plan, str layout, int[] shape,"
+    " int[] geometry, int groups) -> bool"
+)
+input_gradient = _library.define_native(
+    "_sparse_input_gradient_cpu(Tensor(a!) result, Tensor grad, Tensor weight, Tensor plan, str layout, int[] shape,"
+    " int[] geometry, int groups) -> bool"
+)
+
+# Plans of one structure; a layer whose input has more sizes than this makes new ones now and then.
+_MOST = 24
+
+
+@dataclass
+class _Plans:
+    pointers: Tensor
+    versions: tuple[int, int]
+    found: dict[Any, Any] = field(default_factory=dict)
+
+
+_plans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def versions(structure: Sequence[Tensor]) -> tuple[int, int]:
+    """How often each of the two tensors was changed in place; inference tensors do not count it."""
+    first, second = structure
+    return 0 if first.is_inference() else first._version, 0 if second.is_inference() else second._version
+
+
+def remembered(structure: Sequence[Tensor]) -> dict[Any, Any]:
+    """The plans of these two tensors as they are now."""
+    known, now = _plans.get(structure[1]), versions(structure)
+    if known is None or known.pointers is not structure[0] or known.versions != now:
+        known = _plans[structure[1]] = _Plans(structure[0], now)
+    return known.found
+
+
+def remember(found: dict[Any, Any], key: Any, value: Any) -> None:
+    """Keep one more, and drop the oldest beyond the number that is kept."""
+    while len(found) >= _MOST:
+        found.pop(next(iter(found)), None)
+    found[key] = value
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight of ``shape`` (out, in / groups, kh, kw), dense and without gaps or packed, and its bare structure."""
+
+    values: Tensor
+    structure: Sequence[Tensor]
+    layout: str
+    shape: tuple[int, ...]
+    groups: int
+
+    def plan(self, kind: str, input: Tensor, result: Tensor, geometry: tuple[int, ...]) -> Tensor:
+        """The plan for one kind of pass: "product", "weight" or "input"; ValueError if the structure is not one.
+
+        ``input`` and ``result`` (or its gradient) are 4-d; ``geometry`` is stride, padding, dilation, each vertical
+        and horizontal.
+        """
+        if len(self.structure) != 2:
+            check_form(self.structure, self.layout, self.shape, self.groups)
+        kept = self.structure[1].numel() * (1 if self.layout == "unstructured" else 4)
+        if self.values.dim() == 1 and self.values.numel() != kept:
+            raise ValueError(f"weight has {self.values.numel()} packed values: expected {kept}, as structure keeps")
+        found = remembered(self.structure)
+        key = self._key(kind, input, result, geometry)
+        plan = found.get(key)
+        if plan is None:
+            plan = self._new_plan(kind, input, result, geometry)
+            remember(found, key, plan)
+        return plan
+
+    def _key(self, kind: str, input: Tensor, result: Tensor, geometry: tuple[int, ...]) -> tuple[Any, ...]:
+        strides = input.stride(), result.stride(), self.values.stride()
+        return kind, input.shape, strides, self.layout, self.shape, geometry, self.groups
+
+    def _new_plan(self, kind: str, input: Tensor, result: Tensor, geometry: tuple[int, ...]) -> Tensor:
+        check_form(self.structure, self.layout, self.shape, self.groups)
+        transposed = kind == "input"
+        rows = input.shape[1] if transposed else self.shape[0]
+        sets = geometry[0] * geometry[1] if transposed else 1
+        plan = torch.empty(sets * (rows + 3) + 2 * self.structure[1].numel(), dtype=torch.int32)
+        where = self.values, list(self.structure), self.layout, self.shape, geometry, self.groups
+        if not _make_plan(plan, kind, input, result, *where):
+            check_tensors(self.structure, self.layout, self.shape, self.groups)
+        return plan
+
+    def run(self, kind: str, input: Tensor, result: Tensor, geometry: tuple[int, ...], call: Any) -> None:
+        """``call(plan)`` a kernel; once more with a new plan if the kept one is of another instruction set."""
+        if not call(self.plan(kind, input, result, geometry)):
+            remembered(self.structure).pop(self._key(kind, input, result, geometry))
+            if not call(self.plan(kind, input, result, geometry)):
+                raise RuntimeError("sparsekern: a new plan does not fit its kernel")
+
+
+def run_product(weight: Weight, input: Tensor, result: Tensor, bias: Tensor | None, geometry: tuple[int, ...]) -> None:
+    """Fill ``result``."""
+    added = None if bias is None else bias.contiguous()
+    rest = weight.shape, geometry, weight.groups
+    weight.run(
+        "product", input, result, geometry,
+        lambda plan: product(result, input, weight.values, plan, weight.layout, added, *rest),
+    )  # fmt: skip
+
+
+def _reaches_all(kernel: int, stride: int, dilation: int) -> bool:
+    """Whether the taps of one axis reach every pixel; a longer stride leaves some, which the kernels do not write."""
+    return len({k * dilation % stride for k in range(kernel)}) == stride
+
+
+def run_gradients(
+    weight: Weight,
+    grad: Tensor,
+    input: Tensor,
+    grad_input: Tensor,
+    grad_weight: Tensor,
+    geometry: tuple[int, ...],
+) -> None:
+    """Fill those gradients that have elements; that of a dense weight is laid out like it."""
+    rest = weight.shape, geometry, weight.groups
+    if grad_weight.numel():
+        if grad_weight.dim() > 1:
+            grad_weight.zero_()
+        weight.run(
+            "weight", input, grad, geometry,
+            lambda plan: weight_gradient(grad_weight, grad, input, plan, weight.layout, *rest),
+        )  # fmt: skip
+    if grad_input.numel():
+        if not all(_reaches_all(weight.shape[2 + i], geometry[i], geometry[4 + i]) for i in (0, 1)):
+            grad_input.zero_()
+        weight.run(
+            "input", grad_input, grad, geometry,
+            lambda plan: input_gradient(grad_input, grad, weight.values, plan, weight.layout, *rest),
+        )  # fmt: skip
