@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "train": "sparsekern.train",
+    "compare": "sparsekern.compare",
     "doctor": "sparsekern.doctor",
 }
 

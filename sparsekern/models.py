@@ -26,11 +26,11 @@ class Block(nn.Module):
         return functional.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
 
 
-def residual(channels: int, classes: int, width: int) -> nn.Module:
+def residual(channels: int, classes: int, width: int, stride: int = 1) -> nn.Module:
     """Seven 3x3 convolutions for small images; (N, channels, H, W) -> (N, classes)."""
     return nn.Sequential(
         OrderedDict(
-            stem=nn.Conv2d(channels, width, 3, 1, 1, bias=False),
+            stem=nn.Conv2d(channels, width, 3, stride, 1, bias=False),
             bn=nn.BatchNorm2d(width),
             relu=nn.ReLU(),
             block1=Block(width, width, 1),
@@ -45,4 +45,4 @@ def residual(channels: int, classes: int, width: int) -> nn.Module:
 
 def build(settings: Model, channels: int, classes: int) -> nn.Module:
     """The network that a recipe names, freshly initialised from torch's global random state."""
-    return {"residual": residual}[settings.name](channels, classes, settings.width)
+    return {"residual": residual}[settings.name](channels, classes, settings.width, settings.stride)

@@ -12,7 +12,8 @@ from typing import Any
 class Progress:
     """A bar over the steps of a run with the time left; a line now and then where tqdm is missing."""
 
-    def __init__(self, total: int, done: int = 0):
+    def __init__(self, total: int, done: int = 0, unit: str = "step"):
+        self.unit = unit
         self.total, self.done, self._first = total, done, done
         self._start = self._said = time.monotonic()
         try:
@@ -22,7 +23,7 @@ class Progress:
         else:
             # A log file gets a line every few seconds instead of ten a second.
             calm = 0.1 if sys.stderr.isatty() else 5.0
-            self._bar = tqdm(total=total, initial=done, unit="step", mininterval=calm, dynamic_ncols=True)
+            self._bar = tqdm(total=total, initial=done, unit=unit, mininterval=calm, dynamic_ncols=True)
 
     def __enter__(self) -> Progress:
         return self
@@ -41,7 +42,7 @@ class Progress:
         now = time.monotonic()
         if self.done == self.total or now - self._said >= 5:
             left = (now - self._start) / (self.done - self._first) * (self.total - self.done)
-            print(f"step {self.done}/{self.total}, {left:.0f} s left, {note}", file=sys.stderr, flush=True)
+            print(f"{self.unit} {self.done}/{self.total}, {left:.0f} s left, {note}", file=sys.stderr, flush=True)
             self._said = now
 
 

@@ -17,6 +17,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from sparsekern.methods.registry import BLOCKS, METHODS
+
 
 class RecipeError(ValueError):
     """A recipe or an override is not valid; the message names the key, what was given and what is allowed."""
@@ -28,23 +30,29 @@ def _setting(default: Any, *, least: float = -math.inf, most: float = math.inf, 
 
 @dataclass(frozen=True)
 class Data:
-    """The data set, by its name in `sparsekern.data`."""
+    """The data set, by its name in `sparsekern.data`; `train_images` takes that many of it, 0 all."""
 
-    name: str = _setting("digits", choices=("digits",))
+    name: str = _setting("digits", choices=("digits", "fashion_mnist"))
+    train_images: int = _setting(0, least=0)
 
 
 @dataclass(frozen=True)
 class Model:
-    """The network, by its name in `sparsekern.models`; `width` counts the channels of its first stage."""
+    """The network, by its name in `sparsekern.models`: channels of its first stage, stride of its first layer."""
 
     name: str = _setting("residual", choices=("residual",))
     width: int = _setting(32, least=1, most=4096)
+    stride: int = _setting(1, least=1, most=4)
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    """Masked SGD and its learning rate: `warmup_epochs` of linear warm-up, then `schedule` down to the last step."""
+    """Masked SGD, or torch's AdamW ("adamw": no `momentum`, no `nesterov`), and the learning rate.
 
+    That is `warmup_epochs` of linear warm-up, then `schedule` down to the last step.
+    """
+
+    name: str = _setting("sgd", choices=("sgd", "adamw"))
     lr: float = _setting(0.1, least=0)
     momentum: float = _setting(0.9, least=0, most=1)
     weight_decay: float = _setting(1e-4, least=0)
@@ -55,16 +63,19 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Method:
-    """What prunes: the arguments of `sparsekern.ACDC`; `rule` is that of `sparsekern.acdc_schedule`."""
+    """What prunes: a name in `sparsekern.METHODS` and the arguments of `sparsekern.build_method`.
 
-    name: str = _setting("acdc", choices=("acdc",))
+    `pattern` "auto" leaves it to the method. `options` are further arguments of the method's class, and `rule` of
+    AC/DC's schedule. A method for trained networks is attached after the share `pretrain` of the epochs.
+    """
+
+    name: str = _setting("acdc", choices=tuple(METHODS))
     sparsity: float = _setting(0.95, least=0, most=1)
-    pattern: str = _setting("unstructured", choices=("unstructured", "4x1", "1x4", "block4"))
-    distribution: str = _setting("global", choices=("global", "uniform"))
-    rule: str = _setting("reference", choices=("reference", "proportional"))
+    pattern: str = _setting("auto", choices=("auto", *BLOCKS, "1:2", "1:4", "2:4", "4:8"))
+    pretrain: float = _setting(0.5, least=0, most=1)
     include: tuple[str, ...] = _setting((".*",))
     exclude: tuple[str, ...] = _setting(())
-    reset: str = _setting("all", choices=("all", "pruned", "none"))
+    options: dict[str, Any] = field(default_factory=dict, metadata={"least": 0, "most": 0, "choices": ()})
 
 
 @dataclass(frozen=True)
@@ -141,7 +152,8 @@ def to_toml(recipe: Recipe) -> str:
 def differences(given: Recipe, other: Recipe) -> list[str]:
     """One line for each key in which two recipes differ: 'key: this, that'."""
     ours, theirs = (_flatten(dataclasses.asdict(recipe)) for recipe in (given, other))
-    return [f"{key}: {ours[key]!r}, {theirs[key]!r}" for key in ours if ours[key] != theirs[key]]
+    keys = {**ours, **theirs}
+    return [f"{key}: {ours.get(key)!r}, {theirs.get(key)!r}" for key in keys if ours.get(key) != theirs.get(key)]
 
 
 def _flatten(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -220,6 +232,8 @@ def _checked(name: str, value: Any, hint: Any, entry: dataclasses.Field) -> Any:
     if hint == tuple[str, ...]:
         good = isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
         value, allowed = tuple(value) if good else value, "a list of strings"
+    elif hint == dict[str, Any]:
+        good, allowed = isinstance(value, Mapping), "a table of the method's own arguments"
     elif hint is bool:
         good, allowed = isinstance(value, bool), "true or false"
     elif hint is str:
@@ -245,5 +259,7 @@ def _toml_value(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(_toml_value, value))}]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_toml_value(key)} = {_toml_value(item)}" for key, item in value.items()) + "}"
     # JSON strings are TOML strings, but for DEL, which TOML wants escaped.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f") if isinstance(value, str) else repr(value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import platform
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsekern as sk
-from sparsekern import recipe, speeds
+from sparsekern import models, recipe, speeds
 from sparsekern.evaluation import count_sparsity, evaluate
 
 if TYPE_CHECKING:
@@ -21,13 +20,12 @@ if TYPE_CHECKING:
 def gather(run: Run, name: str) -> dict[str, Any]:
     """Score both networks, count the zeros, and time the kernels if the recipe asks for it."""
     masks = run.sparsifier.masks
-    weights = {key: masks.parameter(key).detach() for key in masks}
-    dense = copy.deepcopy(run.model)
-    dense.load_state_dict(run.twin)
+    weights = run.sparsifier.forward_weights()
     trained, timed = dict(run.layers), []
     if run.recipe.measure:
         print("\nMeasuring the kernels on this network ...", flush=True)
-        pattern = run.recipe.method.pattern
+        allocation = getattr(run.sparsifier, "allocation", None)
+        pattern = getattr(allocation, "pattern", "unstructured")
         x, y = (part[: run.recipe.batch] for part in (run.data.images, run.data.labels))
         timed = speeds.measure(run.model, masks, x, y, pattern)
     return {
@@ -36,10 +34,11 @@ def gather(run: Run, name: str) -> dict[str, Any]:
         "phases": [
             {"start": span.start, "stop": span.stop,
              "sparsity": float(span.phase.sparsity) if isinstance(span.phase, sk.Sparse) else None}
-            for span in run.sparsifier.schedule.phases
+            for span in getattr(run.sparsifier.schedule, "phases", ())
         ],
         "sparse": _scores(run.model, run, list(weights.values())),
-        "dense": _scores(dense, run, [dense.get_parameter(key) for key in masks]),
+        "dense": _twin_scores(run),
+        "flops": {"dense": run.cost.dense, "inference": run.cost.forward(run.sparsifier), "training": run.cost.spent},
         "layers": [
             {"name": key.removesuffix(".weight"), "shape": list(w.shape), "weights": w.numel(),
              "live": int(w.count_nonzero()), "ran": trained.get(key.removesuffix(".weight"), "dense")}
@@ -52,6 +51,17 @@ def gather(run: Run, name: str) -> dict[str, Any]:
 def _scores(model: nn.Module, run: Run, prunable: list[Tensor]) -> dict[str, float]:
     found = evaluate(model, run.data.validation_images, run.data.validation_labels)
     return found | {"sparsity": count_sparsity(prunable)}
+
+
+def _twin_scores(run: Run) -> dict[str, float] | None:
+    """Of the dense network that the method leaves behind, if it does."""
+    if run.twin is None:
+        return None
+    # Not a copy of the trained model: hooks of its method would come along.
+    channels = run.data.images.shape[1]
+    dense = models.build(run.recipe.model, channels, run.data.classes).to(run.device)
+    dense.load_state_dict(run.twin)
+    return _scores(dense, run, [dense.get_parameter(key) for key in run.sparsifier.masks])
 
 
 def machine() -> str:

@@ -38,6 +38,14 @@ class Table:
         ]
         return "\n".join([self.title, "-" * len(self.title), *lines])
 
+    def markdown(self) -> str:
+        """For a note or a README."""
+        rule = ["---" if i < self.left else "---:" for i in range(len(self.head))]
+        rows = [
+            "| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in (self.head, rule, *self.rows)
+        ]
+        return "\n".join([f"**{self.title}**", "", *rows])
+
     def html(self) -> str:
         """For a page."""
 
@@ -59,6 +67,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
         [
             (label, f"{n['accuracy']:.4f}", f"{n['loss']:.4f}", f"{n['entropy']:.4f}", f"{n['sparsity']:.4f}")
             for label, n in (("sparse", result["sparse"]), ("dense twin", result["dense"]))
+            if n is not None
         ],
     )
     rows = [

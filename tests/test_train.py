@@ -199,7 +199,7 @@ def test_bad_input_is_explained_and_changes_nothing(tmp_path, monkeypatch, no_pi
         assert "checkpoint.pt: is " in refused()
         assert path.read_bytes() == bad
     checkpoint.save({"version": 99}, path)
-    assert "is of version 99, this program reads 1" in refused()
+    assert "is of version 99, this program reads 2" in refused()
     path.write_bytes(good)
     assert cli.main(["train", "digits", *TINY]) == 0
     assert "holds a finished run" in refused()

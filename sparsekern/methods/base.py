@@ -137,6 +137,14 @@ class Sparsifier:
             rows.append(f"{name:40} {'x'.join(map(str, p.shape)):>20} {p.numel():12,} {self.masks.density(name):8.4f}")
         return "\n".join(rows)
 
+    def forward_masks(self) -> MaskSet:
+        """Which weights are live in the forward pass now: `masks`, which some methods bring up to date only here."""
+        return self.masks
+
+    def forward_weights(self) -> dict[str, Tensor]:
+        """The prunable weights as the forward pass uses them now, by name, without gradients."""
+        return {name: self.masks.parameter(name).detach() for name in self.masks}
+
     def step(self) -> None:
         """Advance by one optimizer step and make the change that is due there; call it last in every iteration.
 

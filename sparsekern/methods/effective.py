@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsekern.masks import MaskSet
 from sparsekern.methods.base import Sparsifier
 
 
@@ -113,6 +114,14 @@ class EffectiveSparsifier(Sparsifier):
 
     def _sync_masks(self) -> None:
         """Make `masks` agree with the effective weights, for methods in which they follow from them."""
+
+    def forward_masks(self) -> MaskSet:
+        self._sync_masks()
+        return self.masks
+
+    @torch.no_grad()
+    def forward_weights(self) -> dict[str, Tensor]:
+        return {name: self.effective(name, weight).detach() for name, weight in super().forward_weights().items()}
 
     def layers(self) -> str:
         self._sync_masks()

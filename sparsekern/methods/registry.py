@@ -103,7 +103,9 @@ METHODS = {
     "dense": Method(DenseTraining, _unchosen(DenseTraining), ()),
     "acdc": Method(
         ACDC,
-        lambda sparsity, length, **rest: ACDC(sparsity, **{"schedule": acdc_schedule(length.epochs), **rest}),
+        lambda sparsity, length, rule="reference", **rest: ACDC(
+            sparsity, **{"schedule": acdc_schedule(length.epochs, rule=rule), **rest}
+        ),
         (*BLOCKS, N_OF_M),
     ),
     "gmp": Method(GMP, _updates(GMP)),
@@ -156,9 +158,10 @@ def build_method(
     """The method called `name` in `METHODS`, with its own defaults for a run of that length; `attach` is to follow.
 
     `pattern` None is "unstructured", or for a method of n:m patterns alone the one of `sparsity`, such as "1:10" of
-    0.9. `options` are further arguments of the class ("lottery-ticket" needs `initial`); a `schedule` among them
-    replaces the one for that length. `sparsity` means nothing to methods that find their own or none at all (`exact`
-    False, no patterns). Raises ValueError for a name, pattern or value that is not allowed; nothing is attached.
+    0.9. `options` are further arguments of the class ("lottery-ticket" needs `initial`); "acdc" takes the `rule` of its
+    schedule too; a `schedule` among them replaces the one for that length. `sparsity` means nothing to methods that
+    find their own or none at all (`exact` False, no patterns). Raises ValueError for a name, pattern or value that is
+    not allowed; nothing is attached.
     """
     if name not in METHODS:
         raise ValueError(f"name must be one of {sorted(METHODS)}, got {name!r}")

@@ -1,0 +1,137 @@
+"""What a comparison of methods comes to: its table, as text, Markdown and CSV, and its plots."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsekern import checkpoint
+from sparsekern.run_report import Table
+
+HEAD = ("method", "sparsity asked", "epochs", "accuracy", "loss", "entropy", "sparsity", "inference FLOPs",
+        "training FLOPs", "seconds", "runs", "note")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One run: what result.json holds, or None and the reason; `sparsity` None where it means nothing to the method."""
+
+    method: str
+    sparsity: float | None
+    epochs: int
+    result: dict[str, Any] | None
+    reason: str = ""
+
+
+Key = tuple[str, float | None, int]
+
+
+def grouped(outcomes: list[Outcome]) -> dict[Key, list[Outcome]]:
+    """The runs that differ in nothing but their seed."""
+    groups: dict[Key, list[Outcome]] = {}
+    for outcome in outcomes:
+        groups.setdefault((outcome.method, outcome.sparsity, outcome.epochs), []).append(outcome)
+    return groups
+
+
+def rows(outcomes: list[Outcome]) -> list[dict[str, Any]]:
+    """One row per method, sparsity and length, of numbers: means over the seeds; FLOPs as shares of dense ones."""
+    found = []
+    for (method, sparsity, epochs), group in grouped(outcomes).items():
+        results = [outcome.result for outcome in group if outcome.result is not None]
+        reasons = "; ".join(dict.fromkeys(" ".join(outcome.reason.split()) for outcome in group if outcome.reason))
+        row = {"method": method, "sparsity asked": sparsity, "epochs": epochs, "runs": len(results), "note": reasons}
+        if results:
+            row |= {name: statistics.fmean(map(value, results)) for name, value in _VALUES.items()}
+        found.append({name: row.get(name) for name in HEAD})
+    return found
+
+
+_VALUES: dict[str, Callable[[dict[str, Any]], float]] = {
+    "accuracy": lambda r: r["sparse"]["accuracy"],
+    "loss": lambda r: r["sparse"]["loss"],
+    "entropy": lambda r: r["sparse"]["entropy"],
+    "sparsity": lambda r: r["sparse"]["sparsity"],
+    "inference FLOPs": lambda r: r["flops"]["inference"] / r["flops"]["dense"],
+    "training FLOPs": lambda r: r["flops"]["training"] / (3 * r["steps"] * r["flops"]["dense"]),
+    "seconds": lambda r: r["seconds"],
+}
+_FORMATS = {**dict.fromkeys(_VALUES, ".4f"), "seconds": ".1f", "sparsity asked": "g", "epochs": "d", "runs": "d"}
+
+
+def table(outcomes: list[Outcome], title: str) -> Table:
+    """The rows as text."""
+
+    def cell(name: str, value: Any) -> str:
+        return "" if value is None else format(value, _FORMATS.get(name, ""))
+
+    return Table(title, HEAD, [tuple(cell(*item) for item in row.items()) for row in rows(outcomes)])
+
+
+def to_csv(outcomes: list[Outcome]) -> str:
+    """The rows with all digits."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, HEAD, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows(outcomes))
+    return text.getvalue()
+
+
+def write(folder: Path, outcomes: list[Outcome], sparsities: list[float]) -> None:
+    """Print the table and write table.md, table.csv and a plot per sparsity."""
+    machines = sorted({outcome.result["machine"].split(", load")[0] for outcome in outcomes if outcome.result})
+    found = table(outcomes, "Methods under the same budget")
+    note = (
+        "Accuracy, loss and output entropy (nats) on the validation images at the end, means over the seeds. "
+        "FLOPs as shares of the dense network's and of its training. Seconds of training, evaluation included; "
+        f"runs side by side disturb each other. {'; '.join(machines)}."
+    )
+    print(f"\n{found.text()}\n\n{note}")
+    checkpoint.write_atomically(folder / "table.md", f"{found.markdown()}\n\n{note}\n".encode())
+    checkpoint.write_atomically(folder / "table.csv", to_csv(outcomes).encode())
+    try:
+        for sparsity in sparsities:
+            picture = plot([o for o in outcomes if o.sparsity in (None, sparsity)], sparsity)
+            checkpoint.write_atomically(folder / f"accuracy-{sparsity:g}.png", picture)
+    except ModuleNotFoundError:
+        print("no plots: matplotlib is missing, install it with pip install 'sparsekern[train]'", file=sys.stderr)
+    print(f"\nFiles in {folder}: {', '.join(sorted(path.name for path in folder.iterdir() if path.is_file()))}")
+
+
+def plot(outcomes: list[Outcome], sparsity: float) -> bytes:
+    """A PNG of accuracy over epochs, a line per method and length; ModuleNotFoundError without matplotlib."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+
+    figure = Figure(figsize=(9, 5.4), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    methods = list(dict.fromkeys(outcome.method for outcome in outcomes))
+    lengths = sorted({outcome.epochs for outcome in outcomes})
+    for (method, _, epochs), group in grouped(outcomes).items():
+        curves = [[row["accuracy"] for row in outcome.result["metrics"]] for outcome in group if outcome.result]
+        if curves:
+            index = methods.index(method)
+            colour = "black" if method == "dense" else colormaps["tab20"](index % 20)
+            axes.plot(
+                range(1, epochs + 1), [statistics.fmean(values) for values in zip(*curves, strict=True)], color=colour,
+                linewidth=1.4, marker="os^Dv"[index // 20 % 5], markersize=3,
+                linestyle=("-", "--", ":", "-.")[lengths.index(epochs) % 4],
+                label=method if len(lengths) == 1 else f"{method}, {epochs} epochs",
+            )  # fmt: skip
+    axes.set_title(
+        f"Validation accuracy at {sparsity:.4%} sparsity".replace("0000%", "%").replace(".%", "%"), loc="left"
+    )
+    axes.set_xlabel("epoch")
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.lines:
+        axes.legend(frameon=False, fontsize=8, bbox_to_anchor=(1.01, 1), loc="upper left")
+    target = io.BytesIO()
+    figure.savefig(target, format="png")
+    return target.getvalue()

@@ -1,0 +1,152 @@
+"""Comparisons end to end, tiny: processes, the table, going on after a kill, bad input, refusals."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import sparsekern
+from sparsekern import cli, comparison
+
+pytest.importorskip("sklearn")
+ARGUMENTS = ["--data", "digits", "--sparsity", "0.8", "--epochs", "1", "--name", "tiny",
+             "--set", "model.width=6", "batch=64", "optimizer.warmup_epochs=1", "device=cpu"]  # fmt: skip
+COMMAND = [sys.executable, "-m", "sparsekern", "compare"]
+LONG = [*COMMAND, "--methods", "acdc,gmp", *ARGUMENTS[:5], "4", *ARGUMENTS[6:]]
+
+
+def environment():
+    return {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(sparsekern.__file__)), "OMP_NUM_THREADS": "1"}
+
+
+def table(folder):
+    """What was computed, without the clock."""
+    with (folder / "runs/tiny/table.csv").open() as file:
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs the command in a folder and returns what it printed; its runs are processes of their own all the same."""
+
+    def run(folder, command=LONG):
+        monkeypatch.chdir(folder)
+        assert cli.main(command[3:]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    with open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="reads /proc")
+def test_killed_and_started_again_comes_to_the_same_table(tmp_path, call):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir(), killed.mkdir()
+    shown = call(whole)
+    rows = table(whole)
+    assert [(row["method"], row["sparsity asked"], row["epochs"], row["runs"]) for row in rows] == [
+        ("acdc", "0.8", "4", "1"), ("gmp", "0.8", "4", "1")
+    ]  # fmt: skip
+    for row in rows:
+        assert abs(float(row["sparsity"]) - 0.8) < 1e-3 and 0.05 < float(row["accuracy"]) <= 1
+        assert 0 < float(row["inference FLOPs"]) < 0.5 < float(row["training FLOPs"]) < 1 and row["note"] == ""
+    assert (
+        f"{float(rows[0]['accuracy']):.4f}" in shown and "| gmp | 0.8 |" in (whole / "runs/tiny/table.md").read_text()
+    )
+
+    process = subprocess.Popen(LONG, cwd=killed, env=environment(), stderr=subprocess.DEVNULL)
+    folders = [killed / f"runs/tiny/{method}-0.8-4epochs-seed0" for method in ("acdc", "gmp")]
+    while not any((folder / "checkpoint.pt").exists() for folder in folders) and process.poll() is None:
+        time.sleep(0.02)
+    with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
+        children = [int(pid) for pid in file.read().split()]
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    until = time.monotonic() + 30
+    while any(map(alive, children)):  # runs whose parent is gone stop by themselves
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    assert not all((folder / "result.json").exists() for folder in folders)
+    call(killed)
+    assert table(killed) == rows
+    assert "Going on at step" in "".join((folder / "log.txt").read_text() for folder in folders)
+    assert "2 finished before, 0 to go" in call(killed) and table(killed) == rows
+
+
+def test_a_refusal_is_a_row_and_the_rest_goes_on(tmp_path, call):
+    call(tmp_path, [*COMMAND, "--methods", "fixed-mask,dense,step", *ARGUMENTS, "--jobs", "1"])
+    refused, dense, step = table(tmp_path)
+    assert "none of its prunable weights has a zero" in refused["note"] and refused["accuracy"] == ""
+    assert "optimizer must be torch.optim.Adam" in step["note"] and step["runs"] == "0"
+    assert dense["sparsity asked"] == "" and float(dense["sparsity"]) == 0 and float(dense["training FLOPs"]) == 1
+    assert float(dense["inference FLOPs"]) == 1 and dense["runs"] == "1" and dense["note"] == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "gmp,magic"], "--methods: given 'magic', allowed are ['dense', 'acdc',"),
+        (["--methods", "gmp,gmp"], "--methods: given ['gmp', 'gmp'], allowed is each one once"),
+        (["--data", "cifar"], "--data: given 'cifar', allowed is one of ['digits', 'fashion-mnist']"),
+        (["--sparsity", "0.5", "1.5"], "method.sparsity: given 1.5"),
+        (["--epochs", "0"], "epochs: given 0"),
+        (["--lengths", "0.3"], "--lengths: 0.3 epochs given"),
+        (["--jobs", "0"], "--jobs: given 0"),
+        (["--name", "../up"], "--name: given '../up'"),
+        (["--pattern", "2x2"], "method.pattern: given '2x2'"),
+        (["--train-images", "99999"], "data.train_images: given 99999, allowed is at most 1437"),
+        (["--set", "model.size=3"], "model.size: unknown key"),
+    ],
+)
+def test_bad_input_is_an_error_before_anything_starts(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["compare", "--methods", "gmp", *ARGUMENTS, *arguments]) == 2
+    assert message in capsys.readouterr().err and os.listdir(tmp_path) == []
+
+
+def test_runs_of_another_recipe_are_not_mixed_in(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs/tiny/gmp-0.8-1epochs-seed0"
+    folder.mkdir(parents=True)
+    (folder / "recipe.toml").write_text('batch = 64\nepochs = 2\n[method]\nname = "gmp"\n')
+    assert cli.main(["compare", "--methods", "gmp", *ARGUMENTS]) == 2
+    assert "holds a run of another recipe (key: given now, stored): " in (shown := capsys.readouterr().err)
+    assert "epochs: 1, 2" in shown and os.listdir(folder) == ["recipe.toml"]
+
+
+def outcome(method, accuracy, seconds=1.0, **changes):
+    scores = {"accuracy": accuracy, "loss": 0.5, "entropy": 0.25, "sparsity": 0.9}
+    result = {"sparse": scores, "flops": {"dense": 100.0, "inference": 20.0, "training": 900.0}, "steps": 10,
+              "seconds": seconds, "metrics": [{"accuracy": 0.1}, {"accuracy": accuracy}]}  # fmt: skip
+    return comparison.Outcome(**{"method": method, "sparsity": 0.9, "epochs": 2, "result": result, **changes})
+
+
+def test_means_over_seeds_and_a_reason_that_cannot_break_the_table():
+    failed = comparison.Outcome("b|c", 0.9, 2, None, "why\nso")
+    found = comparison.rows([outcome("a", 0.5), outcome("a", 0.75, 3.0), failed])
+    assert found[0] == {"method": "a", "sparsity asked": 0.9, "epochs": 2, "accuracy": 0.625, "loss": 0.5,
+                        "entropy": 0.25, "sparsity": 0.9, "inference FLOPs": 0.2, "training FLOPs": 0.3,
+                        "seconds": 2.0, "runs": 2, "note": ""}  # fmt: skip
+    assert found[1]["accuracy"] is None and found[1]["note"] == "why so"
+    text = comparison.table([outcome("a", 0.5), failed], "T").markdown()
+    assert "| a | 0.9 | 2 | 0.5000 |" in text and "| b\\|c | 0.9 |" in text
+    assert len(text.splitlines()) == 6
+
+
+def test_plot():
+    pytest.importorskip("matplotlib")
+    several = [outcome("a", 0.5), outcome("a", 0.6), outcome("dense", 0.7, sparsity=None)]
+    assert comparison.plot(several, 0.9)[:8] == b"\x89PNG\r\n\x1a\n"
+    assert comparison.plot([comparison.Outcome("b", 0.9, 2, None, "refused")], 0.9)[:4] == b"\x89PNG"
