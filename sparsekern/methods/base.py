@@ -294,8 +294,7 @@ class Sparsifier:
             self.optimizer.set_masks({})
         for handle in self._handles:
             handle.remove()
-        self._handles = []
-        self._pruned = {}
+        self._handles, self._pruned = [], {}
         for parameter in self.model.parameters():
             _attached.pop(parameter, None)
         return self.model
