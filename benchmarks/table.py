@@ -44,7 +44,8 @@ def _lines(rows: list[dict[str, str]]) -> list[str]:
     for row in rows:
         floors = float(row["median_ms"]) / float(row["floor_ms"])
         cells = (
-            row["case"], row["pattern"] + ", packed" * (row["layout"] == "packed"), row["sparsity"], f"{float(row['median_ms']):.1f}{_noise(row)}",
+            row["case"], row["pattern"] + ", packed" * (row["layout"] == "packed"), row["sparsity"],
+            f"{float(row['median_ms']):.1f}{_noise(row)}",
             f"{floors:.1f}", row["baseline"], f"{float(row['baseline_ms']):.1f}", f"{float(row['speedup']):.2f}x",
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
