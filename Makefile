@@ -30,8 +30,8 @@ test: build lint  ## lint and the whole test suite
 
 # Only our own library is instrumented, so the runtimes must be there before Python is: preloaded, libstdc++ among them
 # because AddressSanitizer looks up __cxa_throw at the start. Leaks are not looked for: Python and torch keep memory until
-# the process ends. Emulated kernels have a target of their own. --capture=sys leaves reports on the terminal. The inputs of the *_long.py tests, 4 GB of unwritten
-# memory, would be copied into memory that is written.
+# the process ends. --capture=sys leaves reports on the terminal. The inputs of the *_long.py tests, 4 GB of unwritten
+# memory, would be copied into memory that is written. Emulated kernels have a target of their own.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 OPERATOR_TESTS := $(addprefix $(CURDIR)/,$(filter-out %_long.py,$(wildcard tests/test_masked_*.py tests/test_packing.py \
     tests/test_topk_mask*.py tests/test_sparse_*.py tests/test_bare_operators.py)))

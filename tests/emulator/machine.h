@@ -53,7 +53,6 @@ struct Warp {
 
 struct Thread {
   void* stack = nullptr;
-  void* fiber = nullptr;  // of ThreadSanitizer
   uint3 index{};
   int linear = 0;
   State state = State::kReady;
@@ -68,7 +67,7 @@ struct Machine {
   std::vector<unsigned char> shared_store;
   unsigned char* shared = nullptr;
   void* scheduler = nullptr;
-  void* host_fiber = nullptr;
+  void *host_fiber = nullptr, *fibers[kMostThreads] = {};  // of ThreadSanitizer, which has a limited number of them
   Thread* current = nullptr;
   uint3 block{};
   dim3 block_size, grid_size;
@@ -80,6 +79,7 @@ struct Machine {
   char barrier_token[2] = {}, begin_token = 0, end_token = 0;  // addresses for happens-before edges
 
   ~Machine() {
+    for (void* fiber : fibers) destroy_fiber(fiber);
     if (stacks) munmap(stacks, kStack * kMostThreads);
   }
 };
@@ -206,7 +206,7 @@ inline void run_block() {
       ran = true;
       m.current = &t;
       void *to = t.stack, **from = &m.scheduler;
-      host_to_fiber(m.host_fiber, t.fiber);
+      host_to_fiber(m.host_fiber, m.fibers[i]);
       switch_stack(from, to);
       if (m.error) report(m);
     }

@@ -36,6 +36,9 @@ inline void host_to_fiber(void*& host, void*& fiber) {
   if (!fiber) fiber = __tsan_create_fiber(0);
   __tsan_switch_to_fiber(fiber, __tsan_switch_to_fiber_no_sync);
 }
+inline void destroy_fiber(void* fiber) {
+  if (fiber) __tsan_destroy_fiber(fiber);
+}
 #else
 constexpr bool kDetectsRaces = false;
 
@@ -46,5 +49,6 @@ struct Quiet {
 };
 inline void fiber_to_host(void*) {}
 inline void host_to_fiber(void*&, void*&) {}
+inline void destroy_fiber(void*) {}
 #endif
 }  // namespace simt
