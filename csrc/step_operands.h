@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "dtype_of.h"
@@ -29,6 +30,38 @@ inline bool is_dense(const Tensor& t) {
     if (sizes[d] != 1 && strides[d] != inside) return false;
   }
   return true;
+}
+
+// The lists of masked_sgd_ fit each other.
+inline void check_sgd_lists(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
+                            const std::vector<Tensor>& momentum, const std::vector<std::optional<Tensor>>& masks,
+                            const Tensor& fresh, double mu, const std::string& momentum_policy,
+                            const std::vector<int64_t>& known_zero) {
+  const size_t count = params.size();
+  STD_TORCH_CHECK(grads.size() == count && masks.size() == count && fresh.numel() == static_cast<int64_t>(count),
+                  "masked_sgd_: params, grads, masks and fresh must have one entry per parameter");
+  STD_TORCH_CHECK(mu == 0 || momentum.size() == count, "masked_sgd_: momentum must have one entry per parameter");
+  STD_TORCH_CHECK(fresh.scalar_type() == torch::headeronly::ScalarType::Byte && fresh.is_contiguous(),
+                  "masked_sgd_: fresh must be uint8");
+  STD_TORCH_CHECK(momentum_policy == "mask" || momentum_policy == "decay",
+                  "masked_sgd_: momentum_policy must be 'mask' or 'decay', got '", momentum_policy, "'");
+  STD_TORCH_CHECK(known_zero.empty() || (known_zero.size() == count && momentum_policy == "mask"),
+                  "masked_sgd_: known_zero must be empty, or have one entry per parameter and momentum_policy 'mask'");
+}
+
+// The lists of masked_adamw_ fit each other.
+inline void check_adamw_lists(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
+                              const std::vector<Tensor>& exp_avg, const std::vector<Tensor>& exp_avg_sq,
+                              const std::vector<std::optional<Tensor>>& masks, const Tensor& steps,
+                              const std::vector<int64_t>& known_zero) {
+  const size_t count = params.size();
+  STD_TORCH_CHECK(grads.size() == count && exp_avg.size() == count && exp_avg_sq.size() == count &&
+                      masks.size() == count && steps.numel() == static_cast<int64_t>(count),
+                  "masked_adamw_: grads, exp_avg, exp_avg_sq, masks and steps must have one entry per parameter");
+  STD_TORCH_CHECK(steps.scalar_type() == torch::headeronly::ScalarType::Float && steps.is_contiguous(),
+                  "masked_adamw_: steps must be contiguous float32");
+  STD_TORCH_CHECK(known_zero.empty() || known_zero.size() == count,
+                  "masked_adamw_: known_zero must be empty or have one entry per parameter");
 }
 
 // `values[i]` is like params[i] in type, shape and layout.

@@ -1,11 +1,13 @@
 // Operands of topk_mask on any device: what a pattern means, where the groups of a tensor lie, checks. Header only: two
 // libraries use it. The contract is sparsekern/ops/topk_mask.py.
 #pragma once
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "dtype_of.h"
@@ -51,6 +53,15 @@ inline std::optional<std::vector<int64_t>> dense_order(const Tensor& t) {
     if (t.stride(order[i]) != expected) return std::nullopt;
   }
   return order;
+}
+
+// The scores, copied if they have gaps or overlaps, in the layout that the mask counts in; and their order.
+inline std::pair<Tensor, std::vector<int64_t>> dense_scores(const Tensor& given) {
+  if (auto order = dense_order(given)) return {given, *order};
+  if (given.numel() == 0) return {given, {}};
+  Tensor copy = torch::stable::empty_like(given);
+  torch::stable::copy_(copy, given);
+  return {copy, dense_order(copy).value()};
 }
 
 // Where the groups of one tensor lie: sizes and strides of the block tensor in logical order of its dims.

@@ -20,13 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import sparsekern as sk
-from sparsekern import checkpoint, comparison, recipe, training_run, workers
-from sparsekern.data import DataError
+from sparsekern import checkpoint, comparison, recipe, train, training_run, workers
 from sparsekern.recipe import Recipe, RecipeError
 
 DATA = {"digits": "digits", "fashion-mnist": "fashion_mnist"}
 """What --data calls a data set -> its name in recipes, and the recipe that its runs start from."""
-_ERRORS = (RecipeError, DataError, checkpoint.CheckpointError, ModuleNotFoundError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
     """`sparsekern compare`: 0 when the table is written, 130 when it was stopped, 2 for an error that it explains."""
     try:
         return compare(options)
-    except _ERRORS as error:
+    except train.EXPLAINED as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -106,12 +104,10 @@ def compare(options: argparse.Namespace) -> int:
 
 
 def _folder(options: argparse.Namespace) -> Path:
-    name = options.name or f"compare-{options.data}"
-    if Path(name).name != name:
-        raise RecipeError(f"--name: given {name!r}, allowed is the name of one folder, which is made below runs/")
+    folder = train.run_folder(options.name or f"compare-{options.data}")
     if options.jobs < 1:
         raise RecipeError(f"--jobs: given {options.jobs}, allowed is a whole number of at least 1")
-    return Path("runs") / name
+    return folder
 
 
 def plan(options: argparse.Namespace) -> Iterator[Entry]:

@@ -33,6 +33,17 @@ class RunError(ValueError):
     """The folder of the run does not fit the command."""
 
 
+EXPLAINED = (recipe.RecipeError, RunError, DataError, checkpoint.CheckpointError, ModuleNotFoundError)
+"""Errors whose message tells a user what to do, without a traceback."""
+
+
+def run_folder(name: str) -> Path:
+    """Where the files of a run or comparison of that name go; RunError if it would lie elsewhere than below runs/."""
+    if Path(name).name != name:
+        raise RunError(f"--name: given {name!r}, allowed is the name of one folder, which is made below runs/")
+    return Path("runs") / name
+
+
 def stored_state(path: Path, settings: Recipe) -> dict[str, Any] | None:
     """The checkpoint of an unfinished run, or None; an error if it is damaged or belongs to another recipe."""
     if not path.exists():
@@ -133,11 +144,8 @@ def run(options: argparse.Namespace) -> int:
     """`sparsekern train`: 0 when the run finished, 130 when it was stopped, 2 for an error that it explains."""
     try:
         settings = recipe.resolve(options.recipe, options.overrides)
-        name = options.name or Path(options.recipe).stem
-        if Path(name).name != name:
-            raise RunError(f"--name: given {name!r}, allowed is the name of one folder, which is made below runs/")
-        train(settings, Path("runs") / name, options.overwrite)
-    except (recipe.RecipeError, RunError, DataError, checkpoint.CheckpointError, ModuleNotFoundError) as error:
+        train(settings, run_folder(options.name or Path(options.recipe).stem), options.overwrite)
+    except EXPLAINED as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Stopped as stopped:

@@ -51,6 +51,7 @@ class Run:
         self.choices: dict[str, bool] = {}
         self.layers: list[list[str]] = []
         self.step, self.seconds = 0, 0.0
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.rows: list[dict[str, Any]] = []
         self.twin: dict[str, Tensor] | None = None
@@ -120,9 +121,10 @@ class Run:
     def batch(self) -> tuple[Tensor, Tensor]:
         """Images and labels of the step to come; the order is a function of seed and epoch."""
         epoch, i = divmod(self.step, self.steps_per_epoch)
-        generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + epoch)
-        order = torch.randperm(len(self.data.labels), generator=generator)
-        chosen = order.split(self.recipe.batch)[i].to(self.device)
+        if self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + epoch)
+            self._order = epoch, torch.randperm(len(self.data.labels), generator=generator)
+        chosen = self._order[1][i * self.recipe.batch : (i + 1) * self.recipe.batch].to(self.device)
         return self.data.images[chosen], self.data.labels[chosen]
 
     def advance(self) -> None:

@@ -72,7 +72,6 @@ def _reason(folder: Path, code: int) -> str:
 def _train(folder: Path, toml: str) -> None:
     """The process of one run; its exit status says how it went."""
     from sparsekern import checkpoint, recipe, train
-    from sparsekern.data import DataError
 
     if hasattr(os, "setsid"):
         os.setsid()  # Ctrl-C reaches the parent alone, which then asks each run once
@@ -86,7 +85,7 @@ def _train(folder: Path, toml: str) -> None:
     except train.Stopped as stopped:
         print(stopped, flush=True)
         sys.exit(_STOPPED)
-    except (recipe.RecipeError, train.RunError, DataError, checkpoint.CheckpointError, ModuleNotFoundError) as error:
+    except train.EXPLAINED as error:
         print(f"error: {error}", flush=True)
         sys.exit(2)
 

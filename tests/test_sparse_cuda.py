@@ -128,5 +128,7 @@ def test_the_transposed_structure_is_kept_until_it_changes():
     turned = sk.ops.sparse_structure(mask.transpose(0, 1), "1x4")
     assert all(torch.equal(a, b) for a, b in zip(first, turned.tensors, strict=False))
     assert sparse_cuda.transposed(s.tensors, "4x1", s.shape) is first
+    wider = sparse_cuda.transposed(s.tensors, "4x1", (8, 36, 1, 3))  # the same tensors, another weight
+    assert wider[0].numel() == 37 != first[0].numel()
     s.tensors[1].add_(0)
     assert sparse_cuda.transposed(s.tensors, "4x1", s.shape) is not first

@@ -12,7 +12,6 @@
 namespace sparsekern {
 namespace {
 
-using ScalarType = torch::headeronly::ScalarType;
 constexpr char kOp[] = "masked_adamw_";
 
 void masked_adamw_cpu(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avg,
@@ -21,13 +20,7 @@ void masked_adamw_cpu(std::vector<Tensor> params, std::vector<Tensor> grads, std
                       std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
                       std::vector<int64_t> known_zero) {
   const size_t count = params.size();
-  STD_TORCH_CHECK(grads.size() == count && exp_avg.size() == count && exp_avg_sq.size() == count &&
-                      masks.size() == count && steps.numel() == static_cast<int64_t>(count),
-                  "masked_adamw_: grads, exp_avg, exp_avg_sq, masks and steps must have one entry per parameter");
-  STD_TORCH_CHECK(steps.scalar_type() == ScalarType::Float && steps.is_contiguous(),
-                  "masked_adamw_: steps must be contiguous float32");
-  STD_TORCH_CHECK(known_zero.empty() || known_zero.size() == count,
-                  "masked_adamw_: known_zero must be empty or have one entry per parameter");
+  check_adamw_lists(params, grads, exp_avg, exp_avg_sq, masks, steps, known_zero);
   float* const taken = steps.mutable_data_ptr<float>();
 
   std::vector<AdamwTensor> tensors(count);

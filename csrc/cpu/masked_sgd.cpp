@@ -13,7 +13,6 @@
 namespace sparsekern {
 namespace {
 
-using ScalarType = torch::headeronly::ScalarType;
 constexpr char kOp[] = "masked_sgd_";
 
 void masked_sgd_cpu(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> momentum,
@@ -22,14 +21,7 @@ void masked_sgd_cpu(std::vector<Tensor> params, std::vector<Tensor> grads, std::
                     std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
                     std::vector<int64_t> known_zero) {
   const size_t count = params.size();
-  STD_TORCH_CHECK(grads.size() == count && masks.size() == count && fresh.numel() == static_cast<int64_t>(count),
-                  "masked_sgd_: params, grads, masks and fresh must have one entry per parameter");
-  STD_TORCH_CHECK(mu == 0 || momentum.size() == count, "masked_sgd_: momentum must have one entry per parameter");
-  STD_TORCH_CHECK(fresh.scalar_type() == ScalarType::Byte && fresh.is_contiguous(), "masked_sgd_: fresh must be uint8");
-  STD_TORCH_CHECK(momentum_policy == "mask" || momentum_policy == "decay",
-                  "masked_sgd_: momentum_policy must be 'mask' or 'decay', got '", momentum_policy, "'");
-  STD_TORCH_CHECK(known_zero.empty() || (known_zero.size() == count && momentum_policy == "mask"),
-                  "masked_sgd_: known_zero must be empty, or have one entry per parameter and momentum_policy 'mask'");
+  check_sgd_lists(params, grads, momentum, masks, fresh, mu, momentum_policy, known_zero);
   uint8_t* const is_fresh = fresh.mutable_data_ptr<uint8_t>();
 
   std::vector<SgdTensor> tensors(count);

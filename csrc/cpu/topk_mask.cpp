@@ -30,13 +30,7 @@ struct Scores {
 void add_scores(Scores& all, const Tensor& given, const Tensor& mask, const std::optional<Tensor>& candidates,
                 const Pattern& pattern, bool magnitude) {
   const bool block = pattern.axis >= 0 && pattern.ratio.m == 0;
-  Tensor s = given;
-  std::optional<std::vector<int64_t>> order = dense_order(s);
-  if (!order && s.numel() > 0) {
-    s = torch::stable::empty_like(given);  // the layout that the mask counts in
-    torch::stable::copy_(s, given);
-    order = dense_order(s);
-  }
+  const auto [s, order] = dense_scores(given);
   const int64_t weights = s.numel();
   TopkTensor t{s.const_data_ptr(),
                mask.mutable_data_ptr<uint8_t>(),
@@ -51,7 +45,7 @@ void add_scores(Scores& all, const Tensor& given, const Tensor& mask, const std:
   int64_t groups = weights;
   TopkLayout layout{{}, {}, true};
   if (weights > 0) {
-    layout = layout_of(s, *order, block ? pattern.axis : -1);
+    layout = layout_of(s, order, block ? pattern.axis : -1);
     if (pattern.axis >= 0) {
       t.axis = s.size(pattern.axis);
       t.inner = t.axis > 1 ? s.stride(pattern.axis) : weights;

@@ -19,13 +19,8 @@ void masked_adamw_cuda(std::vector<Tensor> params, std::vector<Tensor> grads, st
                        std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
                        std::vector<int64_t> known_zero) {
   const size_t count = params.size();
-  STD_TORCH_CHECK(grads.size() == count && exp_avg.size() == count && exp_avg_sq.size() == count &&
-                      masks.size() == count && steps.numel() == static_cast<int64_t>(count),
-                  "masked_adamw_: grads, exp_avg, exp_avg_sq, masks and steps must have one entry per parameter");
-  STD_TORCH_CHECK(steps.scalar_type() == ScalarType::Float && steps.is_contiguous() && on_device(steps),
-                  "masked_adamw_: steps must be contiguous float32, on the device of params");
-  STD_TORCH_CHECK(known_zero.empty() || known_zero.size() == count,
-                  "masked_adamw_: known_zero must be empty or have one entry per parameter");
+  check_adamw_lists(params, grads, exp_avg, exp_avg_sq, masks, steps, known_zero);
+  STD_TORCH_CHECK(on_device(steps), "masked_adamw_: steps must be on the device of params");
   StepLists lists;
   for (size_t i = 0; i < count; ++i) {
     check_step_operand(kOp, "exp_avg", params, exp_avg, i);

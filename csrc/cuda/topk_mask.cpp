@@ -46,13 +46,7 @@ void set_order(ScoreTensor& t, const TopkLayout& layout) {
 void add_scores(Scores& all, const Tensor& given, const Tensor& mask, const std::optional<Tensor>& candidates,
                 const Pattern& pattern) {
   const bool block = pattern.axis >= 0 && pattern.ratio.m == 0;
-  Tensor s = given;
-  std::optional<std::vector<int64_t>> order = dense_order(s);
-  if (!order && s.numel() > 0) {
-    s = torch::stable::empty_like(given);  // the layout that the mask counts in
-    torch::stable::copy_(s, given);
-    order = dense_order(s);
-  }
+  const auto [s, order] = dense_scores(given);
   all.groups.push_back(0);
   if (s.numel() == 0) return;
   STD_TORCH_CHECK(s.numel() < INT32_MAX / 2, "topk_mask: a tensor of scores may have 2^30 weights on CUDA, not more");
@@ -66,7 +60,7 @@ void add_scores(Scores& all, const Tensor& given, const Tensor& mask, const std:
   t.width = block ? 4 : 1;
   if (block) t.groups = t.weights / t.axis * ((t.axis + 3) / 4);
   t.dtype = dtype_of("topk_mask", s);
-  set_order(t, layout_of(s, *order, block ? pattern.axis : -1));
+  set_order(t, layout_of(s, order, block ? pattern.axis : -1));
   all.wide = all.wide || (!block && t.dtype == Dtype::kFloat64);
   all.groups.back() = t.groups;
   all.tensors.push_back(t);

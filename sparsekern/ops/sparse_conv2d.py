@@ -31,6 +31,7 @@ from sparsekern.ops import sparse_calls, sparse_kernels
 from sparsekern.ops.epilogue import Epilogue
 from sparsekern.ops.geometry import empty, output_size, pair, without_gaps
 from sparsekern.ops.halves import widened
+from sparsekern.ops.sparse_autograd import differentiate
 from sparsekern.ops.sparse_structure import (
     SparseStructure,
     check_dims,
@@ -38,6 +39,7 @@ from sparsekern.ops.sparse_structure import (
     compiled_form,
     kept_values,
     selected,
+    weight_shape,
 )
 
 SCHEMA = (
@@ -49,13 +51,6 @@ BACKWARD_SCHEMA = (
     " int[] padding, int[] dilation, int groups, bool[] needs, int[]? shape=None)"
     " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
 )
-
-
-def _shape(weight: Tensor, shape: Sequence[int] | None) -> tuple[int, ...]:
-    """That of the weight, packed or not."""
-    if weight.dim() == 1 and (shape is None or len(shape) != 4):
-        raise ValueError(f"shape={shape}: expected the four sizes of the packed weight")
-    return tuple(shape) if weight.dim() == 1 else tuple(weight.shape)
 
 
 def reference(
@@ -96,7 +91,7 @@ def fake(
     check_dims(4, {"input": input}, weight)
     for name, values, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
         pair(name, list(values), least)
-    out, _, *kernel = _shape(weight, shape)
+    out, _, *kernel = weight_shape(weight, shape, 4)
     sizes = [output_size(input.shape[i + 2], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1)]
     return empty((input.shape[0], out, *sizes), input)
 
@@ -151,7 +146,7 @@ def backward_fake(
     return (
         empty(input.shape, input) if needs[0] else grad.new_empty((0,)),
         empty(weight.shape, weight) if needs[1] else grad.new_empty((0,)),
-        grad.new_empty((_shape(weight, shape)[0] if needs[2] else 0,)),
+        grad.new_empty((weight_shape(weight, shape, 4)[0] if needs[2] else 0,)),
     )
 
 
@@ -171,7 +166,7 @@ def _cpu(
     if not compiled_form(input, weight, bias):
         return reference(input, weight, structure, layout, bias, stride, padding, dilation, groups, shape)
     result = fake(input, weight, structure, layout, bias, stride, padding, dilation, groups, shape)
-    sparse = sparse_kernels.Weight(without_gaps(weight), structure, layout, _shape(weight, shape), groups)
+    sparse = sparse_kernels.Weight(without_gaps(weight), structure, layout, weight_shape(weight, shape, 4), groups)
     sparse_kernels.run_product(sparse, without_gaps(input), result, bias, (*stride, *padding, *dilation))
     return result
 
@@ -196,7 +191,7 @@ def _backward_cpu(
     results = backward_fake(grad, input, weight, structure, layout, *rest)
     if needs[2]:
         results[2].copy_(grad.sum((0, 2, 3)))
-    sparse = sparse_kernels.Weight(without_gaps(weight), structure, layout, _shape(weight, shape), groups)
+    sparse = sparse_kernels.Weight(without_gaps(weight), structure, layout, weight_shape(weight, shape, 4), groups)
     geometry = (*stride, *padding, *dilation)
     sparse_kernels.run_gradients(sparse, without_gaps(grad), without_gaps(input), results[0], results[1], geometry)
     return results
@@ -206,29 +201,7 @@ _op = _library.define(SCHEMA, reference, fake)
 _backward_op = _library.define(BACKWARD_SCHEMA, backward_reference, backward_fake)
 _library.define_cpu("sparse_conv2d", sparse_kernels.product, widened(_cpu))
 _library.define_cpu("sparse_conv2d_backward", sparse_kernels.input_gradient, widened(_backward_cpu))
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    input, weight, structure, ctx.layout, _, *ctx.geometry, ctx.shape = inputs
-    ctx.save_for_backward(input, weight, *structure)
-
-
-def _backward(ctx, grad: Tensor):
-    input, weight, *structure = ctx.saved_tensors
-    needs = [bool(ctx.needs_input_grad[i]) for i in (0, 1, 4)]
-    found = _backward_op(grad, input, weight, structure, ctx.layout, *ctx.geometry, needs, ctx.shape)
-    g = [t if need else None for t, need in zip(found, needs, strict=True)]
-    return g[0], g[1], [None] * len(structure), None, g[2], None, None, None, None, None
-
-
-def _refuse(ctx, *grads):
-    raise NotImplementedError("sparse_conv2d has no second derivative")
-
-
-torch.library.register_autograd(
-    "sparsekern::sparse_conv2d", _backward, setup_context=_setup_context, lib=_library._definitions
-)
-torch.library.register_autograd("sparsekern::sparse_conv2d_backward", _refuse, lib=_library._definitions)
+differentiate("sparse_conv2d", _backward_op)
 
 
 def sparse_conv2d(

@@ -14,22 +14,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparsekern import _library
 from sparsekern.ops.sparse_conv2d import backward_fake as conv2d_backward_fake
 from sparsekern.ops.sparse_conv2d import backward_reference as conv2d_backward_reference
 from sparsekern.ops.sparse_conv2d import fake as conv2d_fake
 from sparsekern.ops.sparse_conv2d import reference as conv2d_reference
+from sparsekern.ops.sparse_kernels import remember, remembered
 from sparsekern.ops.sparse_linear import backward_fake as linear_backward_fake
 from sparsekern.ops.sparse_linear import backward_reference as linear_backward_reference
 from sparsekern.ops.sparse_linear import fake as linear_fake
 from sparsekern.ops.sparse_linear import reference as linear_reference
-from sparsekern.ops.sparse_structure import check_form
+from sparsekern.ops.sparse_structure import check_form, check_packed
 
 _LAST = torch.channels_last
 _told: set[str] = set()
-_transposed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def dense_reason(groups: int, *operands: Tensor | None) -> str:
@@ -60,9 +59,7 @@ def _weight(weight: Tensor, shape: Sequence[int] | None = None) -> tuple[list[in
 def _check(weight: Tensor, structure: Sequence[Tensor], layout: str, shape: Sequence[int], groups: int = 1) -> None:
     """Raise unless the kernels can take the structure without reading it."""
     check_form(structure, layout, shape, groups)
-    kept = structure[1].numel() * (1 if layout == "unstructured" else 4)
-    if weight.dim() == 1 and weight.numel() != kept:
-        raise ValueError(f"weight has {weight.numel()} packed values: expected {kept}, as structure keeps")
+    check_packed(weight, structure, layout)
 
 
 def _into(result: Tensor, fill: Any) -> bool:
@@ -79,11 +76,14 @@ def transposed(structure: Sequence[Tensor], layout: str, shape: Sequence[int]) -
 
     Made without reading from the GPU, and kept as long as the structure's tensors are unchanged.
     """
+    found, key = remembered(structure), ("transposed for CUDA", layout, tuple(shape))
+    if key not in found:
+        remember(found, key, _transpose(structure, layout, shape))
+    return found[key]
+
+
+def _transpose(structure: Sequence[Tensor], layout: str, shape: Sequence[int]) -> list[Tensor]:
     pointers, indices = structure
-    versions = [0 if t.is_inference() else t._version for t in structure]
-    known = _transposed.get(indices)
-    if known is not None and known[0] is pointers and known[1] == versions:
-        return known[2]
     taps, rows = shape[2] * shape[3], pointers.numel() - 1
     channels = shape[1] // (4 if layout == "1x4" else 1)
     each = torch.arange(rows, device=pointers.device)
@@ -91,9 +91,7 @@ def transposed(structure: Sequence[Tensor], layout: str, shape: Sequence[int]) -
     place = (indices // taps * rows + row) * taps + indices % taps
     place, source = place.sort()
     starts = torch.arange(channels + 1, device=pointers.device) * (rows * taps)
-    found = [torch.searchsorted(place, starts).int(), (place % (rows * taps)).int(), source.int()]
-    _transposed[indices] = pointers, versions, found
-    return found
+    return [torch.searchsorted(place, starts).int(), (place % (rows * taps)).int(), source.int()]
 
 
 def conv2d(

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparsekern import _library
-from sparsekern.ops.sparse_structure import check_form, check_tensors
+from sparsekern.ops.sparse_structure import check_form, check_packed, check_tensors
 
 _make_plan = _library.define_native(
     "_sparse_plan_cpu(Tensor(a!) plan, str kind, Tensor input, Tensor result, Tensor weight, Tensor[] structure,"
@@ -91,9 +91,7 @@ class Weight:
         """
         if len(self.structure) != 2:
             check_form(self.structure, self.layout, self.shape, self.groups)
-        kept = self.structure[1].numel() * (1 if self.layout == "unstructured" else 4)
-        if self.values.dim() == 1 and self.values.numel() != kept:
-            raise ValueError(f"weight has {self.values.numel()} packed values: expected {kept}, as structure keeps")
+        check_packed(self.values, self.structure, self.layout)
         found = remembered(self.structure)
         key = self._key(kind, input, result, geometry)
         plan = found.get(key)

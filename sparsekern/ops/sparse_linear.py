@@ -26,6 +26,7 @@ from torch import Tensor
 from sparsekern import _library
 from sparsekern.ops import sparse_kernels
 from sparsekern.ops.halves import widened
+from sparsekern.ops.sparse_autograd import differentiate
 from sparsekern.ops.sparse_structure import (
     SparseStructure,
     check_dims,
@@ -33,6 +34,7 @@ from sparsekern.ops.sparse_structure import (
     compiled_form,
     kept_values,
     selected,
+    weight_shape,
 )
 
 SCHEMA = (
@@ -43,13 +45,6 @@ BACKWARD_SCHEMA = (
     "sparse_linear_backward(Tensor grad, Tensor input, Tensor weight, Tensor[] structure, str layout, bool[] needs,"
     " int[]? shape=None) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
 )
-
-
-def _shape(weight: Tensor, shape: Sequence[int] | None) -> tuple[int, ...]:
-    """That of the weight, packed or not."""
-    if weight.dim() == 1 and (shape is None or len(shape) != 2):
-        raise ValueError(f"shape={shape}: expected the two sizes of the packed weight")
-    return tuple(shape) if weight.dim() == 1 else tuple(weight.shape)
 
 
 def reference(
@@ -77,7 +72,7 @@ def fake(
     check_dims(2, {}, weight)
     if input.dim() < 1:
         raise ValueError("input has 0 dims: expected one or more")
-    return input.new_empty((*input.shape[:-1], _shape(weight, shape)[0]))
+    return input.new_empty((*input.shape[:-1], weight_shape(weight, shape, 2)[0]))
 
 
 def backward_reference(
@@ -115,7 +110,7 @@ def backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes only."""
     check_dims(2, {}, weight, needs)
-    shapes = (input.shape, weight.shape, _shape(weight, shape)[:1])
+    shapes = (input.shape, weight.shape, weight_shape(weight, shape, 2)[:1])
     results = [grad.new_empty(size if need else (0,)) for size, need in zip(shapes, needs, strict=True)]
     return results[0], results[1], results[2]
 
@@ -131,7 +126,7 @@ def _pixels(rows: Tensor) -> Tensor:
 def _sparse(
     weight: Tensor, structure: Sequence[Tensor], layout: str, shape: Sequence[int] | None
 ) -> sparse_kernels.Weight:
-    return sparse_kernels.Weight(weight.contiguous(), structure, layout, (*_shape(weight, shape), 1, 1), 1)
+    return sparse_kernels.Weight(weight.contiguous(), structure, layout, (*weight_shape(weight, shape, 2), 1, 1), 1)
 
 
 def _cpu(
@@ -176,29 +171,7 @@ _op = _library.define(SCHEMA, reference, fake)
 _backward_op = _library.define(BACKWARD_SCHEMA, backward_reference, backward_fake)
 _library.define_cpu("sparse_linear", sparse_kernels.product, widened(_cpu))
 _library.define_cpu("sparse_linear_backward", sparse_kernels.input_gradient, widened(_backward_cpu))
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    input, weight, structure, ctx.layout, _, ctx.shape = inputs
-    ctx.save_for_backward(input, weight, *structure)
-
-
-def _backward(ctx, grad: Tensor):
-    input, weight, *structure = ctx.saved_tensors
-    needs = [bool(ctx.needs_input_grad[i]) for i in (0, 1, 4)]
-    found = _backward_op(grad, input, weight, structure, ctx.layout, needs, ctx.shape)
-    g = [t if need else None for t, need in zip(found, needs, strict=True)]
-    return g[0], g[1], [None] * len(structure), None, g[2], None
-
-
-def _refuse(ctx, *grads):
-    raise NotImplementedError("sparse_linear has no second derivative")
-
-
-torch.library.register_autograd(
-    "sparsekern::sparse_linear", _backward, setup_context=_setup_context, lib=_library._definitions
-)
-torch.library.register_autograd("sparsekern::sparse_linear_backward", _refuse, lib=_library._definitions)
+differentiate("sparse_linear", _backward_op)
 
 
 def sparse_linear(input: Tensor, weight: Tensor, structure: SparseStructure, bias: Tensor | None = None) -> Tensor:

@@ -133,6 +133,25 @@ def _as_blocks(weight: Tensor, layout: str) -> Tensor:
     return weight.unsqueeze(-1) if axis is None else weight.unflatten(axis, (-1, 4)).movedim(axis + 1, -1)
 
 
+def kept_count(tensors: Sequence[Tensor], layout: str) -> int:
+    """How many weights a structure keeps."""
+    return tensors[1].numel() * (4 if layout in _BLOCK_AXIS else 1)
+
+
+def check_packed(weight: Tensor, tensors: Sequence[Tensor], layout: str) -> None:
+    """Raise ValueError if ``weight`` is packed and not as long as the structure says."""
+    kept = kept_count(tensors, layout)
+    if weight.dim() < 2 and weight.numel() != kept:
+        raise ValueError(f"weight has {weight.numel()} packed values: expected {kept}, as structure keeps")
+
+
+def weight_shape(weight: Tensor, shape: Sequence[int] | None, dims: int) -> tuple[int, ...]:
+    """That of the weight, packed or not."""
+    if weight.dim() == 1 and (shape is None or len(shape) != dims):
+        raise ValueError(f"shape={shape}: expected the {dims} sizes of the packed weight")
+    return tuple(shape) if weight.dim() == 1 else tuple(weight.shape)
+
+
 def kept_values(weight: Tensor, tensors: Sequence[Tensor], layout: str, shape: Sequence[int]) -> Tensor:
     """The kept weights of checked tensors, 1-d: the packed form of a weight."""
     flat = _flat_positions(*tensors, math.prod(_grid(shape, layout)[1:]))
@@ -151,8 +170,7 @@ def selected(
     grid, axis = _grid(shape, layout), _BLOCK_AXIS.get(layout)
     flat = _flat_positions(*tensors, math.prod(grid[1:]))
     size = 1 if axis is None else 4
-    if weight.numel() != flat.numel() * size:
-        raise ValueError(f"weight has {weight.numel()} packed values: expected {flat.numel() * size}")
+    check_packed(weight, tensors, layout)
     zeros = weight.new_zeros(math.prod(grid), size)
     blocks = zeros.index_put((flat,), weight.reshape(-1, size)).reshape(*grid, size)
     return blocks.squeeze(-1) if axis is None else blocks.movedim(-1, axis + 1).flatten(axis, axis + 1)
@@ -196,7 +214,7 @@ class SparseStructure:
     @property
     def kept(self) -> int:
         """How many weights are kept."""
-        return self.tensors[1].numel() * (4 if self.layout in _BLOCK_AXIS else 1)
+        return kept_count(self.tensors, self.layout)
 
     def mask(self) -> Tensor:
         """The bool mask, row-major, in the weight's shape."""
