@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "sparse_scatter.h"
 
 namespace sparsekern {
 namespace {
@@ -125,6 +126,7 @@ bool sparse_weight_gradient(const Grid& grid, const Image<const float>& input, c
 
 bool plan_input_gradient(const SparseForm& form, const GradientAxis& rows, const GradientAxis& columns,
                          const Strides& gradients, int64_t images, int64_t lanes, int32_t* plan) {
+  if (form.shape.tall == 4) return plan_scattered(form, Grid(rows.forward, columns.forward, images, lanes), plan);
   if (!is_structure(form, rows.kernel * columns.kernel)) return false;
   for (const Phase& v : phases(rows)) {
     for (const Phase& h : phases(columns)) {
@@ -140,6 +142,10 @@ bool sparse_input_gradient(const GradientAxis& rows, const GradientAxis& columns
                            const SparseShape& w, PlanReader plan, const float* weight, const Image<float>& result,
                            int64_t images, int64_t lanes) {
   thread_local Buffer<float> buffer;
+  if (w.tall == 4) {
+    const Grid grid(rows.forward, columns.forward, images, lanes);
+    return scattered_gradient(grid, gradients, w, plan, weight, result);
+  }
   const Strides& s = result.strides;
   for (const Phase& v : phases(rows)) {
     for (const Phase& h : phases(columns)) {

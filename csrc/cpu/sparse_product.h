@@ -43,6 +43,13 @@ inline const float* place(const Tiling& t, const Image<const float>& image, int6
 void pack_runs(const Image<const float>& input, int64_t step, const std::vector<SparseRun>& runs, int64_t channels,
                float* packed, int64_t width);
 
+// The inverse: `count` numbers of each row of `width` floats go where the runs say, gaps between them nowhere.
+void unpack_runs(const float* packed, int64_t width, int64_t count, const std::vector<SparseRun>& runs,
+                 int64_t channels, int64_t step, const Image<float>& output);
+
+// Raises unless `rows` rows of `width` floats can be addressed by a plan.
+void check_offsets(int64_t rows, int64_t width);
+
 // The first block row of part i of n: parts have about equal work, a row counting as two blocks more than it has.
 int64_t part_begin(const int32_t* pointers, int64_t rows, int64_t i, int64_t n);
 
