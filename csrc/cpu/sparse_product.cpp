@@ -234,6 +234,16 @@ void unpack_runs(const float* packed, int64_t width, int64_t count, const std::v
   kernels().sparse_unpack_last(packed, width, pixels.data(), count, channels);
 }
 
+NumberedRows numbered_rows(const std::vector<SparseRun>& runs, int64_t count, const Image<const float>& image,
+                           int64_t begin, int64_t channels, int64_t width, Buffer<float>& buffer) {
+  const Strides& s = image.strides;
+  const float* const first = image.data + begin * s.channel;
+  if (s.column == 1 && runs.size() == 1 && runs[0].count == count) return {first + runs[0].image, s.channel};
+  float* const packed = buffer.get(channels * width);
+  pack_runs({first, s}, 1, runs, channels, packed, width);
+  return {packed, width};
+}
+
 void check_offsets(int64_t rows, int64_t width) {
   STD_TORCH_CHECK(rows * width < INT32_MAX, "sparsekern: ", rows, " channels do not fit one tile of 32-bit offsets");
 }

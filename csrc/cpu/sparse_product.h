@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+#include "sparse_buffer.h"
 #include "sparse_grid.h"
 
 namespace sparsekern {
@@ -46,6 +47,17 @@ void pack_runs(const Image<const float>& input, int64_t step, const std::vector<
 // The inverse: `count` numbers of each row of `width` floats go where the runs say, gaps between them nowhere.
 void unpack_runs(const float* packed, int64_t width, int64_t count, const std::vector<SparseRun>& runs,
                  int64_t channels, int64_t step, const Image<float>& output);
+
+// Channels of an image in the order of the numbers of a grid, `width` floats apart.
+struct NumberedRows {
+  const float* data;
+  int64_t width;
+};
+
+// `count` numbers of channels [begin, begin + channels), whose pixels are `runs`: where they lie if they are neighbours
+// there, else packed into `buffer`, `width` floats apart, zeros where a number has no pixel.
+NumberedRows numbered_rows(const std::vector<SparseRun>& runs, int64_t count, const Image<const float>& image,
+                           int64_t begin, int64_t channels, int64_t width, Buffer<float>& buffer);
 
 // Raises unless `rows` rows of `width` floats can be addressed by a plan.
 void check_offsets(int64_t rows, int64_t width);

@@ -84,27 +84,9 @@ int32_t* plan_share(const SparseForm& form, const Grid& grid, const Tiles& t, in
   return elements + blocks;
 }
 
-// The gradients of `count` numbers: where they lie, if they are neighbours there, else packed.
-struct Rows {
-  const float* data;
-  int64_t width;
-};
-
-Rows gradient_rows(const Grid& grid, int64_t span, int64_t from, int64_t count, const Image<const float>& gradients,
-                   int64_t outputs, int64_t part) {
-  thread_local Buffer<float> buffer;
-  thread_local std::vector<SparseRun> runs;
-  const Strides& s = gradients.strides;
-  grid.outputs(runs, span, from, count, s);
-  if (s.column == 1 && runs.size() == 1 && runs[0].count == count) return {gradients.data + runs[0].image, s.channel};
-  float* const packed = buffer.get(outputs * part);
-  pack_runs(gradients, 1, runs, outputs, packed, part);
-  return {packed, part};
-}
-
 void scatter_tile(const Grid& grid, const Tiles& t, int64_t tile, const Image<const float>& gradients,
                   const SparseRows& rows, int64_t block_rows, int64_t channels, const Image<float>& result) {
-  thread_local Buffer<float> buffer;
+  thread_local Buffer<float> buffer, gradient_buffer;
   thread_local std::vector<SparseRun> runs;
   const int64_t span = tile / t.per_span, first = tile % t.per_span * t.positions;
   const int64_t last = std::min(first + t.positions, grid.length + grid.reach);
@@ -114,7 +96,8 @@ void scatter_tile(const Grid& grid, const Tiles& t, int64_t tile, const Image<co
   std::fill(packed, packed + floats, 0.0f);
   for (int64_t n = start; n < stop; n += t.part) {
     const int64_t count = std::min(t.part, stop - n);
-    const Rows g = gradient_rows(grid, span, n, count, gradients, block_rows * 4, t.part);
+    grid.outputs(runs, span, n, count, gradients.strides);
+    const NumberedRows g = numbered_rows(runs, count, gradients, 0, block_rows * 4, t.part, gradient_buffer);
     kernels().sparse_scatter(rows, 0, block_rows, g.data, g.width, count, packed + (n - start));
   }
   for (int64_t plane = 0; plane < grid.planes(); ++plane) {
