@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <vector>
@@ -110,9 +111,9 @@ bool sparse_plan_cpu(Tensor plan, std::string pass, Tensor input, Tensor result,
   const SparseForm form = sparse_form(weight, structure, w);
   const Geometry g = geometry_of(input, result, shape, geometry, w);
   check_ints(plan);
-  const bool scattered = pass == "input" && w.tall == 4, transposed = pass == "input" && !scattered;
-  const int64_t sets = scattered ? kMostShares : transposed ? geometry[0] * geometry[1] : 1;
-  const int64_t rows = transposed ? w.channels / w.wide * groups : w.block_rows();
+  const bool transposed = pass == "input";
+  const int64_t sets = transposed ? std::max(kMostShares, geometry[0] * geometry[1]) : 1;
+  const int64_t rows = transposed ? std::max(w.channels * groups, w.block_rows()) : w.block_rows();
   STD_TORCH_CHECK(plan.numel() >= sets * planned_size(rows, 0) + 2 * form.blocks, "sparsekern: plan is too small");
   int32_t* const to = plan.mutable_data_ptr<int32_t>();
   if (pass == "input") return plan_input_gradient(form, g.rows, g.columns, strides_of(result), g.images, g.lanes, to);

@@ -64,6 +64,13 @@ void scatter(const PlannedRows& rows, const SparseShape& w, const float* sums, f
   }
 }
 
+// Whether the gradient of the input is added up block by block. Where it lies as the pixels do and has many channels
+// for few gradients, writing it is what takes time, and gathering writes it once.
+bool scatters(const SparseShape& w, const Grid& grid, const Strides& gradients) {
+  const bool wide = in_place(grid, gradients) && grid.length >= kTogetherPixels;
+  return w.tall == 4 && !(wide && w.channels * w.groups >= 2 * w.outputs);
+}
+
 std::vector<Phase> phases(const GradientAxis& a) {
   std::vector<Phase> found;
   const int64_t stride = a.forward.stride, padding = a.forward.padding;
@@ -132,7 +139,8 @@ bool sparse_weight_gradient(const GradientAxis& down, const GradientAxis& across
 
 bool plan_input_gradient(const SparseForm& form, const GradientAxis& rows, const GradientAxis& columns,
                          const Strides& gradients, int64_t images, int64_t lanes, int32_t* plan) {
-  if (form.shape.tall == 4) return plan_scattered(form, Grid(rows.forward, columns.forward, images, lanes), plan);
+  const Grid forward(rows.forward, columns.forward, images, lanes);
+  if (scatters(form.shape, forward, gradients)) return plan_scattered(form, forward, plan);
   if (!is_structure(form, rows.kernel * columns.kernel)) return false;
   for (const Phase& v : phases(rows)) {
     for (const Phase& h : phases(columns)) {
@@ -148,9 +156,9 @@ bool sparse_input_gradient(const GradientAxis& rows, const GradientAxis& columns
                            const SparseShape& w, PlanReader plan, const float* weight, const Image<float>& result,
                            int64_t images, int64_t lanes) {
   thread_local Buffer<float> buffer;
-  if (w.tall == 4) {
-    const Grid grid(rows.forward, columns.forward, images, lanes);
-    return scattered_gradient(grid, gradients, w, plan, weight, result);
+  const Grid forward(rows.forward, columns.forward, images, lanes);
+  if (scatters(w, forward, gradients.strides)) {
+    return scattered_gradient(forward, gradients, w, plan, weight, result);
   }
   const Strides& s = result.strides;
   for (const Phase& v : phases(rows)) {

@@ -22,9 +22,8 @@ int64_t part_begin(const int32_t* pointers, int64_t rows, int64_t i, int64_t n) 
 
 namespace {
 
-// From here on, what a product reads and writes does not stay in the caches of a core: tiles are fetched one ahead, and
-// results go past the caches, which saves reading them first. 512 KiB and 8 MiB.
-constexpr int64_t kFetchFloats = 1 << 17, kStreamFloats = 1 << 21;
+// From 512 KiB on, what a product reads does not stay in the caches of a core: tiles are fetched one ahead.
+constexpr int64_t kFetchFloats = 1 << 17;
 
 // Output channels between scratch and image: with the 96 pixels of a tall tile, 24 KiB.
 constexpr int64_t kScratchRows = 64;
@@ -219,12 +218,12 @@ void pack_runs(const Image<const float>& input, int64_t step, const std::vector<
 }
 
 void unpack_runs(const float* packed, int64_t width, int64_t count, const std::vector<SparseRun>& runs,
-                 int64_t channels, int64_t step, const Image<float>& output) {
+                 int64_t channels, int64_t step, const Image<float>& output, bool stream) {
   thread_local std::vector<float*> pixels;
   const Strides& s = output.strides;
   if (!channels_last(s)) {
     kernels().sparse_unpack(packed, width, runs.data(), int64_t(runs.size()), channels, output.data, s.channel,
-                            s.column * step);
+                            s.column * step, stream);
     return;
   }
   pixels.assign(count, nullptr);

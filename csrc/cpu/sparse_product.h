@@ -13,6 +13,9 @@ struct Image {
   Strides strides;
 };
 
+// Results of more floats than this, 8 MiB, go past the caches, which saves reading them first.
+constexpr int64_t kStreamFloats = 1 << 21;
+
 // Half of a usual second-level cache: the other half streams the weights.
 constexpr int64_t kTileFloats = (512 << 10) / 4;
 
@@ -44,9 +47,10 @@ inline const float* place(const Tiling& t, const Image<const float>& image, int6
 void pack_runs(const Image<const float>& input, int64_t step, const std::vector<SparseRun>& runs, int64_t channels,
                float* packed, int64_t width);
 
-// The inverse: `count` numbers of each row of `width` floats go where the runs say, gaps between them nowhere.
+// The inverse: `count` numbers of each row of `width` floats go where the runs say, gaps between them nowhere;
+// `stream`: past the caches, as far as whole cache lines do.
 void unpack_runs(const float* packed, int64_t width, int64_t count, const std::vector<SparseRun>& runs,
-                 int64_t channels, int64_t step, const Image<float>& output);
+                 int64_t channels, int64_t step, const Image<float>& output, bool stream = false);
 
 // Channels of an image in the order of the numbers of a grid, `width` floats apart.
 struct NumberedRows {

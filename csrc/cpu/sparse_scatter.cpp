@@ -22,6 +22,7 @@ struct Tiles {
   int64_t part;   // numbers per call of the kernel
   int64_t width;  // floats between the channels of a tile
   int64_t shares, channels;
+  bool stream;  // the result past the caches
 
   Tiles(const Grid& grid, int64_t all_channels) {
     SparseLimits limits;
@@ -29,8 +30,8 @@ struct Tiles {
     part = limits.lanes * limits.tall;
     const int64_t all = grid.length + grid.reach;
     const int64_t room = 2 * kTileFloats / (all_channels * grid.planes()) - 2 * grid.reach;
-    // Without a reach nothing is done twice, and the smallest tile is the best one.
-    const int64_t most = grid.reach ? std::max({room, part, 4 * grid.reach}) : part;
+    // Without a reach nothing is done twice; rows of a few cache lines are slow to write, whatever their number.
+    const int64_t most = std::max({grid.reach ? room : std::min(room, 4 * part), part, 4 * grid.reach});
     per_span = ceil_divide(all, most);
     positions = ceil_divide(ceil_divide(all, per_span), limits.lanes) * limits.lanes;
     per_span = ceil_divide(all, positions);
@@ -39,6 +40,7 @@ struct Tiles {
     if (width / 16 % 2 == 0) width += 16;  // an odd number of cache lines spreads the channels over all sets
     shares = std::clamp<int64_t>(std::min(ceil_divide(kTasks, count), all_channels / 16), 1, kMostShares);
     channels = ceil_divide(all_channels, shares);
+    stream = grid.images * all_channels * grid.rows.output * grid.columns.output >= kStreamFloats;
   }
 };
 
@@ -103,7 +105,7 @@ void scatter_tile(const Grid& grid, const Tiles& t, int64_t tile, const Image<co
   for (int64_t plane = 0; plane < grid.planes(); ++plane) {
     grid.inputs(runs, span, first, last - first, plane, result.strides);
     unpack_runs(packed + plane * t.channels * t.width + (first - start), t.width, t.positions, runs, channels,
-                grid.columns.stride, result);
+                grid.columns.stride, result, t.stream);
   }
 }
 

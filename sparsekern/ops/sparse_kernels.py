@@ -108,8 +108,8 @@ class Weight:
 
     def _new_plan(self, kind: str, input: Tensor, result: Tensor, geometry: tuple[int, ...]) -> Tensor:
         check_form(self.structure, self.layout, self.shape, self.groups)
-        # The gradient of the input has a set of rows per share of its channels, or of the transposed weight per phase.
-        sets = 1 if kind != "input" else _MOST_SHARES if self.layout == "4x1" else geometry[0] * geometry[1]
+        # The gradient of the input has a set of rows per share of its channels or per phase of the stride.
+        sets = 1 if kind != "input" else max(_MOST_SHARES, geometry[0] * geometry[1])
         rows = max(input.shape[1], self.shape[0])
         plan = torch.empty(sets * (rows + 3) + 2 * self.structure[1].numel(), dtype=torch.int32)
         where = self.values, list(self.structure), self.layout, self.shape, geometry, self.groups

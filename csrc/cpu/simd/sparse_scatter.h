@@ -21,6 +21,7 @@ inline void sparse_scatter_tile(const SparseRows& s, int64_t begin, int64_t end,
 #pragma GCC unroll 4
     for (int t = 0; t < 4; ++t) {
       const float* const from = gradients + (row * 4 + t) * width;
+      fetch<kVectors * V::kLanes>(from + kVectors * V::kLanes);
 #pragma GCC unroll 8
       for (int i = 0; i < kVectors - 1; ++i) g[t][i] = V::load(from + i * V::kLanes);
       g[t][kVectors - 1] = V::load(from + (kVectors - 1) * V::kLanes, last);
@@ -55,7 +56,8 @@ inline void sparse_scatter_sized(const SparseRows& s, int64_t begin, int64_t end
   sparse_scatter_tile<V, kVectors>(s, begin, end, gradients, width, count, tile);
 }
 
-// Rows of gradients lie `width` floats apart. Whole vectors of the tile are written; lanes from `count` on stay.
+// Rows of gradients lie `width` floats apart; the numbers behind them, which come next, are fetched meanwhile. Whole
+// vectors of the tile are written; lanes from `count` on stay.
 void sparse_scatter(const SparseRows& s, int64_t begin, int64_t end, const float* gradients, int64_t width,
                     int64_t count, float* tile) {
   sparse_scatter_sized<ScatterVec, kTallVectors>(s, begin, end, gradients, width, count, tile);
