@@ -14,13 +14,16 @@ namespace {
 // Pixels of a tile of the weight gradient: enough to hide the addition over lanes, and few enough for the cache, which
 // holds the activations of all channels; gradients pass through it once.
 constexpr int64_t kLeastPixels = 128, kMostPixels = 1024;
-// Images of fewer pixels than about this lie one after another in a tile.
+// Images of fewer pixels than this lie one after another in a tile.
 constexpr int64_t kTogetherPixels = 512;
 // Channels per packing task, tens of KiB.
 constexpr int64_t kPackChannels = 16;
 
 Grid weight_grid(const GradientAxis& rows, const GradientAxis& columns, int64_t images) {
-  return Grid(rows.forward, columns.forward, images, kTogetherPixels);
+  SparseLimits limits;
+  kernels().sparse_limits(&limits);
+  const bool small = rows.forward.output * columns.forward.output < kTogetherPixels;
+  return Grid(rows.forward, columns.forward, images, small ? kTogetherPixels : limits.lanes);
 }
 
 // The activations in place if the image allows it.
