@@ -73,14 +73,18 @@ void sparse_pack_last(const float* const* pixels, int64_t count, int64_t channel
   }
 }
 
+// `stream`: past the caches, those runs that begin on a cache line and as far as they fill vectors.
 void sparse_unpack(const float* packed, int64_t width, const SparseRun* runs, int64_t count, int64_t channels,
-                   float* image, int64_t channel, int64_t step) {
+                   float* image, int64_t channel, int64_t step, bool stream) {
   constexpr int64_t kLanes = PackVec::kLanes;
   for (int64_t c = 0; c < channels; ++c, image += channel, packed += width) {
     for (int64_t r = 0; r < count; ++r) {
       const float* const from = packed + runs[r].packed;
       float* const to = image + runs[r].image;
-      for (int64_t j = 0; j < runs[r].count * step; j += 16) claim<1>(to + kAhead * channel + j);
+      const bool past = stream && step == 1 && reinterpret_cast<uintptr_t>(to) % 64 == 0;
+      if (!past) {
+        for (int64_t j = 0; j < runs[r].count * step; j += 16) claim<1>(to + kAhead * channel + j);
+      }
       if (step == 2) {
         for (int64_t i = 0; i < runs[r].count; i += kLanes) {
           const int64_t n = lesser(kLanes, runs[r].count - i);
@@ -93,10 +97,15 @@ void sparse_unpack(const float* packed, int64_t width, const SparseRun* runs, in
         continue;
       }
       int64_t i = 0;
-      for (; i + kLanes <= runs[r].count; i += kLanes) PackVec::load(from + i).store(to + i);
+      if (past) {
+        for (; i + kLanes <= runs[r].count; i += kLanes) PackVec::load(from + i).stream(to + i);
+      } else {
+        for (; i + kLanes <= runs[r].count; i += kLanes) PackVec::load(from + i).store(to + i);
+      }
       if (i < runs[r].count) PackVec::load(from + i, runs[r].count - i).store(to + i, runs[r].count - i);
     }
   }
+  if (stream) PackVec::fence();
 }
 
 // The inverse of sparse_pack_last; a pixel that is null is dropped.
