@@ -40,12 +40,13 @@ def problem(shape, pattern, size, batch, sparsity=0.8):
     return x, w, mask, sk.ops.sparse_structure(mask, pattern)
 
 
-# Out, in, kernel, size, stride, padding, batch: a cropped layer of a ResNet of each kind, with three blocks of threads
-# and a tail along every dimension of the grid. In the third, a block of the weight gradient takes tile after tile.
+# Out, in, kernel, size, stride, padding, batch: a cropped layer of a ResNet of each kind, with a tail and three blocks
+# of threads or more over pixels and images. The third has them along every dimension of every pass's grid, in both
+# patterns, and its weight gradient takes tile after tile in a block.
 CASES = [
     (36, 36, 3, (9, 10), 1, 1, 9),
     (36, 36, 3, (17, 19), 2, 1, 9),
-    (132, 68, 1, (17, 19), 1, 0, 9),
+    (260, 260, 1, (9, 10), 1, 0, 9),
     (132, 36, 1, (9, 10), 2, 0, 9),
 ]
 
