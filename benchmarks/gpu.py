@@ -4,9 +4,9 @@
 
 1. The kernels must be built. 2. The operator tests run on the GPU, under compute-sanitizer too where that is
 installed. 3. Each operator is checked on the device and timed by device events, with the second-level cache warm and
-cold (overwritten before each call), against the best that torch has: fused SGD and a mask multiply, topk and kthvalue,
-cuDNN's dense convolution, the product with a block-sparse matrix. Rows with the device's name are appended to
-benchmarks/results/gpu.csv.
+cold (overwritten before each call), against the best that torch has: fused SGD or AdamW and a mask multiply, topk and
+kthvalue, cuDNN's dense convolution, the product with a block-sparse matrix. Rows with the device's name are appended
+to benchmarks/results/gpu.csv.
 
 Exit status: 0, 1 for a wrong result or a failed test, 3 where no GPU is visible, after what can be done without one.
 """
@@ -96,37 +96,48 @@ def _once(run: Callable[[], object], flush: Tensor, device: torch.device) -> flo
     return begin.elapsed_time(end) / 1e3
 
 
+SGD = dict(lr=0.1, mu=0.9, dampening=0.0, weight_decay=1e-4, nesterov=False, maximize=False, momentum_policy="mask")
+ADAMW = dict(lr=0.1, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=1e-4, maximize=False)
+
+
 def optimizer_cases(shapes: list[tuple[int, ...]], device: torch.device) -> Iterator[tuple[str, Contenders]]:
     """One step at 90% sparsity, checked against the reference of the operator."""
-    for dtype in (torch.float32, torch.bfloat16):
-        weights = [torch.randn(s, device=device).to(dtype) for s in shapes]
-        keeps = [torch.rand(s, device=device) < 0.1 for s in shapes]
-        masks = [sk.ops.pack_mask(keep) for keep in keeps]
-        hyper = dict(lr=0.1, mu=0.9, dampening=0.0, weight_decay=1e-4, nesterov=False, maximize=False,
-                     momentum_policy="mask")  # fmt: skip
-        lists = [[w.clone() for w in weights] for _ in range(4)]
-        fresh = [torch.zeros(len(shapes), dtype=torch.uint8, device=device) for _ in range(2)]
-        momentum = [[torch.ones_like(w) for w in weights] for _ in range(2)]
-        sk.ops.masked_sgd_.reference(lists[0], weights, momentum[0], masks, fresh[0], **hyper)
-        sk.ops.masked_sgd_(lists[1], weights, momentum[1], masks, fresh[1], **hyper)
-        same = all(torch.equal(a, b) for a, b in zip(lists[0], lists[1], strict=True))
-        if dtype == torch.float32 and not same:
-            raise Stopped(1, "masked_sgd_ differs from its reference")
-        params = [w.clone().requires_grad_() for w in weights]
-        for p, w in zip(params, weights, strict=True):
-            p.grad = w.clone()
-        torch_sgd = torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=1e-4, fused=True)
-        factors = [keep.to(dtype) for keep in keeps]
+    for name in ("masked_sgd_", "masked_adamw_"):
+        for dtype in (torch.float32, torch.bfloat16):
+            yield f"{name} {dtype}", _optimizer_case(name, dtype, shapes, device)
 
-        def baseline(params=params, factors=factors, torch_sgd=torch_sgd) -> None:
-            torch_sgd.step()
-            with torch.no_grad():
-                torch._foreach_mul_(params, factors)
 
-        def ours(lists=lists, weights=weights, momentum=momentum, masks=masks, fresh=fresh, hyper=hyper) -> None:
-            sk.ops.masked_sgd_(lists[1], weights, momentum[1], masks, fresh[1], **hyper)
+def _optimizer_case(name: str, dtype: torch.dtype, shapes: list[tuple[int, ...]], device: torch.device) -> Contenders:
+    adam, operator = name == "masked_adamw_", getattr(sk.ops, name)
+    grads = [torch.randn(s, device=device).to(dtype) for s in shapes]
+    keeps = [torch.rand(s, device=device) < 0.1 for s in shapes]
+    masks = [sk.ops.pack_mask(keep) for keep in keeps]
 
-        yield f"masked_sgd_ {dtype}", {"ours": ours, "torch fused SGD, mask multiply": baseline}
+    def stepper(run: Callable[..., object]) -> tuple[list[Tensor], Callable[[], object]]:
+        params = [g.clone() for g in grads]
+        states = [[torch.ones_like(g) for g in grads] for _ in range(1 + adam)]
+        counts = torch.zeros(len(shapes), dtype=torch.float32 if adam else torch.uint8, device=device)
+        return params, lambda: run(params, grads, *states, masks, counts, **(ADAMW if adam else SGD))
+
+    (expected, reference), (found, ours) = stepper(operator.reference), stepper(operator)
+    reference()
+    ours()
+    rtol = 0 if dtype == torch.float32 else 2**-7  # of bfloat16: one rounding apart
+    if not all(torch.allclose(a, b, rtol=rtol, atol=0) for a, b in zip(found, expected, strict=True)):
+        raise Stopped(1, f"{name} differs from its reference in {dtype}")
+    params = [g.clone().requires_grad_() for g in grads]
+    for p, g in zip(params, grads, strict=True):
+        p.grad = g.clone()
+    rest = {} if adam else {"momentum": 0.9}
+    theirs = (torch.optim.AdamW if adam else torch.optim.SGD)(params, lr=0.1, weight_decay=1e-4, fused=True, **rest)
+    factors = [keep.to(dtype) for keep in keeps]
+
+    def baseline() -> None:
+        theirs.step()
+        with torch.no_grad():
+            torch._foreach_mul_(params, factors)
+
+    return {"ours": ours, f"torch fused {'AdamW' if adam else 'SGD'}, mask multiply": baseline}
 
 
 def selection_cases(shapes: list[tuple[int, ...]], device: torch.device) -> Iterator[tuple[str, Contenders]]:

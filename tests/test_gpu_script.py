@@ -20,6 +20,7 @@ from benchmarks import gpu  # noqa: E402
 from benchmarks.networks import Conv  # noqa: E402
 
 CPU = torch.device("cpu")
+OPERATORS = ["masked_sgd_", "masked_adamw_", "topk_mask", "sparse_conv2d", "sparse_linear"]
 
 
 def cases():
@@ -33,7 +34,7 @@ def cases():
 def test_every_case_is_checked_timed_and_recorded(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "ROUNDS", 2)
     rows = gpu.measure(cases(), CPU)
-    assert {row["case"].split()[0] for row in rows} == {"masked_sgd_", "topk_mask", "sparse_conv2d", "sparse_linear"}
+    assert {row["case"].split()[0] for row in rows} == set(OPERATORS)
     assert all(row["ms"] > 0 for row in rows)
     for _ in range(2):
         gpu.record(rows, "a GPU", tmp_path / "gpu.csv")
@@ -41,7 +42,7 @@ def test_every_case_is_checked_timed_and_recorded(tmp_path, monkeypatch):
     assert len(found) == 2 * len(rows) and found[0]["device"] == "a GPU"
 
 
-@pytest.mark.parametrize("name", ["masked_sgd_", "topk_mask", "sparse_conv2d", "sparse_linear"])
+@pytest.mark.parametrize("name", OPERATORS)
 def test_a_wrong_result_stops_the_run(monkeypatch, name):
     right = getattr(sk.ops, name)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import emulated_cuda
 import emulator
 import pytest
@@ -38,12 +40,13 @@ def problem(shape, pattern, size, batch, sparsity=0.8):
     return x, w, mask, sk.ops.sparse_structure(mask, pattern)
 
 
-# Out, in, kernel, size, stride, padding, batch: a cropped layer of a ResNet of each kind, with three blocks of threads
-# and a tail along every dimension of the grid.
+# Out, in, kernel, size, stride, padding, batch: a cropped layer of a ResNet of each kind, with a tail and three blocks
+# of threads or more over pixels and images. The third has them along every dimension of every pass's grid, in both
+# patterns, and its weight gradient takes tile after tile in a block.
 CASES = [
     (36, 36, 3, (9, 10), 1, 1, 9),
     (36, 36, 3, (17, 19), 2, 1, 9),
-    (132, 36, 1, (9, 10), 1, 0, 9),
+    (260, 260, 1, (9, 10), 1, 0, 9),
     (132, 36, 1, (9, 10), 2, 0, 9),
 ]
 
@@ -119,6 +122,34 @@ def test_what_the_kernels_do_not_take_is_dense_and_said_once(reason, change):
             found = [sk.ops.sparse_conv2d(x, w, s, None, 1, 1, dilation, groups) for _ in range(2)]
         assert len(told) == 1 and reason in str(told[0].message)
     torch.testing.assert_close(found[1], torch.nn.functional.conv2d(x, w, None, 1, 1, dilation, groups))
+
+
+@pytest.mark.parametrize(
+    ("module", "size", "said"),
+    [
+        (torch.nn.Conv2d(4, 8, 3, dtype=torch.float64), (9, 9), "dense: torch.float64: the sparse kernels are float32"),
+        (torch.nn.Conv2d(8, 8, 3, groups=2), (9, 9), "dense: groups=2: the sparse kernels are for one group"),
+        (torch.nn.Conv2d(4, 8, 3, dilation=40), (90, 90), "dense: the window of the convolution is too large"),
+        (torch.nn.Conv2d(4, 8, 3, dilation=8), (30, 30), "sparse 4x1, backward dense: the window of the convolution"),
+        (torch.nn.Linear(9, 8, dtype=torch.float64), (9,), "dense: torch.float64: the sparse kernels are float32"),
+        (torch.nn.Conv2d(4, 8, 3), (9, 9), "sparse 4x1"),
+    ],
+)
+def test_the_report_names_the_layer_that_falls_back(module, size, said):
+    model = torch.nn.Sequential(module)
+    masks = sk.MaskSet({"w": module.weight})
+    masks.set("w", block_mask(tuple(module.weight.shape), "4x1", 0.5))
+    sk.nn.accelerate(model, masks, choose=lambda *_: True)
+    channels = [module.in_channels] if isinstance(module, torch.nn.Conv2d) else []
+    x = torch.randn(2, *channels, *size, dtype=module.weight.dtype, requires_grad=True)
+    with emulated_cuda.installed(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(2):
+            model(x).sum().backward()
+            ((_, how),) = sk.nn.acceleration_report(model).layers
+            assert how.startswith(said) and len(how) < len(said) + 40
+    model(x)  # not emulated, and what was noted is gone
+    assert sk.nn.acceleration_report(model).layers[0][1] == "sparse 4x1"
 
 
 def test_the_transposed_structure_is_kept_until_it_changes():

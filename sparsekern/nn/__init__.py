@@ -1,6 +1,7 @@
 """Sparse phases on the sparse kernels: `accelerate` a model, `restore` it, `acceleration_report` what runs how."""
 
 from sparsekern.nn.acceleration import AccelerationReport, Choice, accelerate, acceleration_report, restore
+from sparsekern.nn.roofline import predicted_speeds
 from sparsekern.nn.timing import Speeds, measured_choice, measured_speeds
 
 __all__ = [
@@ -11,5 +12,6 @@ __all__ = [
     "acceleration_report",
     "measured_choice",
     "measured_speeds",
+    "predicted_speeds",
     "restore",
 ]

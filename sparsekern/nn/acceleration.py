@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from sparsekern.masks import MaskSet
 from sparsekern.nn.layers import groups_of, run_sparse, structure_of, supported, why_dense
+from sparsekern.nn.roofline import predicted_speeds
 from sparsekern.nn.timing import Speeds, measured_speeds
-from sparsekern.ops import SparseStructure
+from sparsekern.ops import SparseStructure, fallbacks
 
 if TYPE_CHECKING:
     from sparsekern.methods import Sparsifier
@@ -54,7 +55,20 @@ class _Layer:
         if reason is None and not decision:
             reason = f"is faster{speeds}"
         self.last = f"dense: {reason}" if reason else f"sparse {self.structure.layout}{speeds}"
+        if not reason:
+            fallbacks.forget(self.structure.tensors)
         return None if reason else self.structure
+
+    def how(self) -> str:
+        """How the last pass ran: what was meant, and what the operators made of it."""
+        if not self.last.startswith("sparse"):
+            return self.last
+        found = fallbacks.noted(self.structure.tensors)
+        back = next((why for name, why in found.items() if name.endswith("backward")), None)
+        forward = next((why for name, why in found.items() if not name.endswith("backward")), None)
+        if forward:
+            return f"dense: {forward}"
+        return f"{self.last}, backward dense: {back}" if back else self.last
 
     def _follow_mask(self, module: nn.Module) -> None:
         version, device = self.masks.version(self.mask_name), module.weight.device
@@ -75,9 +89,19 @@ class _Layer:
         grads = (input.requires_grad, module.weight.requires_grad) if torch.is_grad_enabled() else ()
         # Sizes within a factor of two share a decision, or a model with inputs of many lengths would never stop.
         key = (input.numel().bit_length(), input.dtype, last, grads)
-        if key not in self.decisions:
-            self.decisions[key] = self.choose(module, self.structure, input)
-        return self.decisions[key]
+        if key in self.decisions:
+            return self.decisions[key]
+        decision = self.choose(module, self.structure, input)
+        # What was predicted for want of a measurement gives way to the first one.
+        if self.choose is not measured_or_predicted or not getattr(decision, "predicted", False):
+            self.decisions[key] = decision
+        return decision
+
+
+def measured_or_predicted(module: nn.Module, structure: SparseStructure, input: Tensor) -> bool | Speeds:
+    """`measured_speeds`; `predicted_speeds` while a CUDA graph is captured, when nothing can be measured."""
+    capturing = input.is_cuda and torch.cuda.is_current_stream_capturing()
+    return (predicted_speeds if capturing else measured_speeds)(module, structure, input)
 
 
 class _Accelerated:
@@ -108,10 +132,10 @@ def accelerate(model: nn.Module, sparsifier_or_masks: Sparsifier | MaskSet, choo
     """Run each masked Conv2d and Linear of `model` by `sparse_conv2d` / `sparse_linear` where that is faster.
 
     A layer runs sparse, forward and backward, while its mask has zeros and `choose` (default: one measurement per
-    layer, size of input and mask) says so; else it runs as before, in particular in dense phases, in steps in which the
-    method reads the gradient of pruned weights, under autocast and inside torch.compile. Pruned weights count as zero,
-    which they are under MaskedSGD and every sparsifier, and their gradient is zero instead of unused. No second
-    derivatives while a layer runs sparse.
+    layer, size of input and mask; `predicted_speeds` while a CUDA graph is captured) says so; else it runs as before,
+    in particular in dense phases, in steps in which the method reads the gradient of pruned weights, under autocast and
+    inside torch.compile. Pruned weights count as zero, which they are under MaskedSGD and every sparsifier, and their
+    gradient is zero instead of unused. No second derivatives while a layer runs sparse.
 
     The modules stay the same objects with the same parameters, names and state dict; copies and pickles are plain.
     Layers outside the masks are left alone. `restore` undoes it; a second call replaces the first. Returns `model`.
@@ -135,7 +159,7 @@ def accelerate(model: nn.Module, sparsifier_or_masks: Sparsifier | MaskSet, choo
     restore(model)
     needs_dense_gradient = getattr(sparsifier_or_masks, "needs_dense_gradient", lambda: False)
     for name, module, mask_name in chosen:
-        layer = _Layer(name, masks, mask_name, choose or measured_speeds, type(module), needs_dense_gradient)
+        layer = _Layer(name, masks, mask_name, choose or measured_or_predicted, type(module), needs_dense_gradient)
         module.__class__ = _accelerated(type(module))
         setattr(module, _LAYER, layer)
     return model
@@ -175,4 +199,4 @@ class AccelerationReport:
 def acceleration_report(model: nn.Module) -> AccelerationReport:
     """How the layers of an accelerated model ran last; empty for one that is not accelerated."""
     layers = [getattr(m, _LAYER) for m in model.modules() if isinstance(m, _Accelerated)]
-    return AccelerationReport(tuple((layer.name, layer.last) for layer in layers))
+    return AccelerationReport(tuple((layer.name, layer.how()) for layer in layers))

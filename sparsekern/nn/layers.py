@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -32,6 +34,17 @@ def _padding(module: nn.Conv2d) -> list[int] | None:
 def groups_of(module: nn.Module) -> int:
     """The groups of a convolution, 1 of a linear layer."""
     return module.groups if isinstance(module, nn.Conv2d) else 1
+
+
+def output_pixels(module: nn.Module, input: Tensor) -> int:
+    """How many pixels of all images, or rows of a linear layer, the layer makes of this input."""
+    if isinstance(module, nn.Linear):
+        return input.numel() // input.shape[-1]
+    images = input.shape[0] if input.dim() == 4 else 1
+    geometry = zip(
+        input.shape[-2:], _padding(module), module.dilation, module.kernel_size, module.stride, strict=True
+    )  # fmt: skip
+    return images * prod((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in geometry)
 
 
 def run_dense(module: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

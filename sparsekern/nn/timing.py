@@ -21,12 +21,15 @@ class Speeds:
 
     sparse: float
     dense: float
+    predicted: bool = False
+    """Whether a model says so and not a measurement."""
 
     def __bool__(self) -> bool:
         return self.sparse < self.dense
 
     def __str__(self) -> str:
-        return f"{self.sparse * 1e3:.3g} ms against {self.dense * 1e3:.3g} ms dense"
+        source = " (predicted)" if self.predicted else ""
+        return f"{self.sparse * 1e3:.3g} ms against {self.dense * 1e3:.3g} ms dense{source}"
 
 
 def measured_choice(module: nn.Module, structure: SparseStructure, input: Tensor) -> bool:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sparsekern import _library
+from sparsekern.ops import fallbacks
 from sparsekern.ops.sparse_conv2d import backward_fake as conv2d_backward_fake
 from sparsekern.ops.sparse_conv2d import backward_reference as conv2d_backward_reference
 from sparsekern.ops.sparse_conv2d import fake as conv2d_fake
@@ -41,8 +42,9 @@ def dense_reason(groups: int, *operands: Tensor | None) -> str:
     return f"groups={groups}: the sparse kernels are for one group" if groups != 1 else ""
 
 
-def _tell(operator: str, reason: str) -> None:
-    """Once per reason, except for what is empty."""
+def _tell(operator: str, structure: Sequence[Tensor], reason: str) -> None:
+    """Once per reason, except for what is empty; noted each time."""
+    fallbacks.note(structure, operator, reason)
     if reason != "empty" and reason not in _told:
         _told.add(reason)
         text = f"{operator} on CUDA runs as a dense operator with a masked weight ({reason})"
@@ -111,7 +113,7 @@ def conv2d(
         )):  # fmt: skip
             return result
         reason = "the window of the convolution is too large for shared memory"
-    _tell("sparse_conv2d", reason)
+    _tell("sparse_conv2d", structure, reason)
     return conv2d_reference(input, weight, structure, layout, bias, stride, padding, dilation, groups, *shape)
 
 
@@ -131,7 +133,7 @@ def conv2d_backward(
         if _gradients(results, grad, input, weight, structure, layout, sizes, strides, [*stride, *padding, *dilation]):
             return results
         reason = "the window of the convolution is too large for shared memory"
-    _tell("sparse_conv2d_backward", reason)
+    _tell("sparse_conv2d_backward", structure, reason)
     return conv2d_backward_reference(grad, input, weight, structure, layout, *rest)
 
 
@@ -170,7 +172,7 @@ def linear_forward(
     result = linear_fake(input, weight, structure, layout, bias, *shape)
     reason = dense_reason(1, input, weight, bias, result)
     if reason:
-        _tell("sparse_linear", reason)
+        _tell("sparse_linear", structure, reason)
         return linear_reference(input, weight, structure, layout, bias, *shape)
     sizes, strides = _weight(weight, *shape)
     _check(weight, structure, layout, sizes[:2])
@@ -187,7 +189,7 @@ def linear_backward(
     """The operator sparse_linear_backward on CUDA."""
     reason = dense_reason(1, grad, input, weight)
     if reason:
-        _tell("sparse_linear_backward", reason)
+        _tell("sparse_linear_backward", structure, reason)
         return linear_backward_reference(grad, input, weight, structure, layout, needs, *shape)
     sizes, strides = _weight(weight, *shape)
     _check(weight, structure, layout, sizes[:2])

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsekern import _library
+from sparsekern.ops import fallbacks
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Whether the kernels of this process run in Triton's interpreter, on CPU tensors."""
@@ -133,6 +134,8 @@ def operator(uncovered: Callable[..., str]) -> Callable[[Callable[..., Any]], Ca
         def run(*args: Any, **kwargs: Any) -> Any:
             if why := uncovered(*args, **kwargs):
                 _say(name, why)
+                if name.startswith("sparse_"):  # the structure comes after a weight
+                    fallbacks.note(next(a for a in args if isinstance(a, (list, tuple))), name, why)
                 return _library.OPS[name](*args, **kwargs)
             with _device_of(args):
                 return function(*args, **kwargs)

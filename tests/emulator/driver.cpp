@@ -1,5 +1,6 @@
 // Runs every kernel of csrc/cuda in three orders of threads and compares the results bit for bit; the sanitizers watch.
 // Sizes give several blocks of threads and a tail; structures that are wrong must not lead a kernel out of its memory.
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <functional>
@@ -7,7 +8,15 @@
 #include <vector>
 
 #include "machine.h"
+#include "numbers.cuh"
 #include "sparse_grid.h"
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(at, bytes)
+#define ASAN_UNPOISON_MEMORY_REGION(at, bytes)
+#endif
 
 using namespace sparsekern;
 using namespace sparsekern::cuda;
@@ -32,26 +41,66 @@ void append(Bytes& all, const std::vector<T>& values) {
   all.insert(all.end(), first, first + values.size() * sizeof(T));
 }
 
-Bytes steps(bool adam) {
+template <class S>
+std::vector<S> stored(const Floats& values) {
+  std::vector<S> result(values.size());
+  for (size_t i = 0; i < values.size(); ++i) narrow(values[i], result[i]);
+  return result;
+}
+
+// Eight elements of which the mask keeps none: AddressSanitizer reports who reads or writes them.
+template <class S>
+void forbid(std::vector<S>& values, const std::vector<uint8_t>& mask, bool forbidden) {
+  for (size_t i = 0; i < values.size(); i += 8) {
+    if (mask[i / 8]) continue;
+    [[maybe_unused]] const size_t bytes = std::min<size_t>(8, values.size() - i) * sizeof(S);
+    if (forbidden) {
+      ASAN_POISON_MEMORY_REGION(&values[i], bytes);
+    } else {
+      ASAN_UNPOISON_MEMORY_REGION(&values[i], bytes);
+    }
+  }
+}
+
+// A chunk by vectors, one with a tail, and a short tensor; `zero`: what is pruned is known to be zero.
+template <class S>
+Bytes steps(Dtype dtype, bool adam, bool zero) {
   Bytes result;
-  for (size_t n : {5000, 37}) {
-    Floats param = normal(n), grad = normal(n), first = normal(n), second(n, 0.5f), counts{3};
+  for (size_t n : {9000, 37}) {
+    auto param = stored<S>(normal(n)), grad = stored<S>(normal(n)), first = stored<S>(normal(n));
+    auto second = stored<S>(Floats(n, 0.5f));
+    Floats counts{3};
     std::vector<uint8_t> mask((n + 7) / 8, 0x5A), fresh{1};
+    for (size_t i = 1; i < mask.size(); i += 3) mask[i] = 0;
     std::vector<double> rates(2);
     StepTensor t{param.data(), grad.data(), {first.data(), second.data()}, mask.data(), int64_t(n), 0, 0, 0, 0};
+    t.known_zero = zero;
+    std::vector<S>* const all[] = {&param, &grad, &first, &second};
+    for (auto* const values : all) forbid(*values, mask, zero);
     if (adam) {
       const AdamwStep step{0.1, 0.9, 0.99, 1e-8, 0.01, false};
       adamw_rates(counts.data(), 1, step, rates.data(), {nullptr, false}, nullptr);
-      masked_adamw(Dtype::kFloat32, &t, 1, step, rates.data(), {nullptr, false}, {nullptr, false}, nullptr);
+      masked_adamw(dtype, &t, 1, step, rates.data(), {nullptr, false}, {nullptr, false}, nullptr);
     } else {
       const SgdStep step{-0.1, 0.9, 1, 0.01, false, false, false};
-      masked_sgd(Dtype::kFloat32, &t, 1, step, fresh.data(), {nullptr, false}, {nullptr, false}, nullptr);
+      masked_sgd(dtype, &t, 1, step, fresh.data(), {nullptr, false}, {nullptr, false}, nullptr);
       clear_fresh(fresh.data(), 1, {nullptr, false}, nullptr);
     }
+    for (auto* const values : all) forbid(*values, mask, false);
     append(result, param);
     append(result, first);
     append(result, second);
     append(result, fresh);
+  }
+  return result;
+}
+
+Bytes steps_of_every_type(bool adam, bool zero) {
+  Bytes result;
+  for (const Bytes& found :
+       {steps<float>(Dtype::kFloat32, adam, zero), steps<double>(Dtype::kFloat64, adam, zero),
+        steps<__half>(Dtype::kFloat16, adam, zero), steps<__nv_bfloat16>(Dtype::kBFloat16, adam, zero)}) {
+    append(result, found);
   }
   return result;
 }
@@ -176,8 +225,12 @@ bool same_in_every_order(const char* name, const std::function<Bytes()>& run) {
 }  // namespace
 
 int main() {
-  bool good = same_in_every_order("masked_sgd", [] { return steps(false); });
-  good &= same_in_every_order("masked_adamw", [] { return steps(true); });
+  bool good = true;
+  for (bool zero : {false, true}) {
+    const std::string more = zero ? " beside zeros" : "";
+    good &= same_in_every_order(("masked_sgd" + more).c_str(), [&] { return steps_of_every_type(false, zero); });
+    good &= same_in_every_order(("masked_adamw" + more).c_str(), [&] { return steps_of_every_type(true, zero); });
+  }
   good &= same_in_every_order("topk_mask", [] { return topk(1); });
   good &= same_in_every_order("topk_mask of blocks", [] { return topk(4); });
   for (int64_t kernel : {1, 3}) {
