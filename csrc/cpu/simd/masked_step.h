@@ -19,7 +19,7 @@ inline uint32_t mask_bits(const uint8_t* mask, int64_t i) {
 
 // Every vector in [i, end); returns where the last one ended.
 template <class K>
-inline int64_t step_all(const K& k, int64_t i, int64_t end) {
+inline int64_t step_all(const K k, int64_t i, int64_t end) {
   for (; i + K::kLanes <= end; i += K::kLanes) k.update(i);
   return i;
 }
@@ -29,7 +29,7 @@ inline int64_t step_all(const K& k, int64_t i, int64_t end) {
 // wait for memory. For the same reason the choice is made for long spans at once: 256 Ki float32 are 1 MiB of each
 // stream.
 template <class K>
-inline int64_t step_live(const K& k, const int64_t begin, const int64_t end) {
+inline int64_t step_live(const K k, const int64_t begin, const int64_t end) {
   constexpr int64_t kWord = 64 * K::kLanes, kWords = 32, kSpan = 8 * kWords, kAhead = 48, kRoom = 64 * kWords + kAhead;
   int32_t list[kRoom];
   int64_t held = 0, i = begin;
