@@ -53,12 +53,13 @@ struct MaskedAdamw {
     p.keep(bits).store(param + i);
   }
 
-  // Into the second-level cache, as for masked_sgd.
+  // Where to: as for masked_sgd.
+  template <int kLocality>
   void prefetch(int64_t i) const {
-    __builtin_prefetch(param + i, 0, 2);
-    __builtin_prefetch(grad + i, 0, 2);
-    __builtin_prefetch(first + i, 0, 2);
-    __builtin_prefetch(second + i, 0, 2);
+    __builtin_prefetch(param + i, 0, kLocality);
+    __builtin_prefetch(grad + i, 0, kLocality);
+    __builtin_prefetch(first + i, 0, kLocality);
+    __builtin_prefetch(second + i, 0, kLocality);
   }
 };
 
