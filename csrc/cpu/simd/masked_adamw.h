@@ -16,8 +16,7 @@ struct MaskedAdamw {
   S* const first;
   S* const second;
   const uint8_t* const mask;
-  const AdamwOptions& o;
-  const bool near;
+  const bool near, decays, maximize, scaled;
   const V weight, beta2, rest2, eps, shrink, scale, negative_step_size, correction;
 
   MaskedAdamw(const AdamwTensor& t, const AdamwOptions& o)
@@ -26,8 +25,10 @@ struct MaskedAdamw {
         first(static_cast<S*>(t.first)),
         second(static_cast<S*>(t.second)),
         mask(t.mask),
-        o(o),
         near(static_cast<T>(o.one_minus_beta1) < T(0.5)),
+        decays(o.decays),
+        maximize(o.maximize),
+        scaled(o.scaled),
         weight(V::set(near ? o.one_minus_beta1 : static_cast<T>(o.one_minus_beta1) - T(1))),
         beta2(V::set(o.beta2)),
         rest2(V::set(o.one_minus_beta2)),
@@ -40,9 +41,9 @@ struct MaskedAdamw {
   inline __attribute__((always_inline)) void update(int64_t i) const {
     const uint32_t bits = mask_bits<kLanes>(mask, i);
     V p = V::load(param + i), g = V::load(grad + i), m = V::load(first + i), v = V::load(second + i);
-    if (o.scaled) g = g / scale;
-    if (o.maximize) g = g.negate();
-    if (o.decays) p = p * shrink;
+    if (scaled) g = g / scale;
+    if (maximize) g = g.negate();
+    if (decays) p = p * shrink;
     m = fma(weight, g + m.negate(), near ? m : g);
     v = fma(rest2 * g, g, v * beta2);
     p = p + negative_step_size * m / (v.root() / correction + eps);
@@ -52,12 +53,13 @@ struct MaskedAdamw {
     p.keep(bits).store(param + i);
   }
 
-  // Into the second-level cache, as for masked_sgd.
+  // Where to: as for masked_sgd.
+  template <int kLocality>
   void prefetch(int64_t i) const {
-    __builtin_prefetch(param + i, 0, 2);
-    __builtin_prefetch(grad + i, 0, 2);
-    __builtin_prefetch(first + i, 0, 2);
-    __builtin_prefetch(second + i, 0, 2);
+    __builtin_prefetch(param + i, 0, kLocality);
+    __builtin_prefetch(grad + i, 0, kLocality);
+    __builtin_prefetch(first + i, 0, kLocality);
+    __builtin_prefetch(second + i, 0, kLocality);
   }
 };
 
