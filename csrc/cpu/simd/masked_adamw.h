@@ -53,13 +53,12 @@ struct MaskedAdamw {
     p.keep(bits).store(param + i);
   }
 
-  // Where to: as for masked_sgd.
-  template <int kLocality>
+  // Into the second-level cache, as for masked_sgd.
   void prefetch(int64_t i) const {
-    __builtin_prefetch(param + i, 0, kLocality);
-    __builtin_prefetch(grad + i, 0, kLocality);
-    __builtin_prefetch(first + i, 0, kLocality);
-    __builtin_prefetch(second + i, 0, kLocality);
+    __builtin_prefetch(param + i, 0, 2);
+    __builtin_prefetch(grad + i, 0, 2);
+    __builtin_prefetch(first + i, 0, 2);
+    __builtin_prefetch(second + i, 0, 2);
   }
 };
 

@@ -1,7 +1,5 @@
 // What the masked optimizer steps share: the loop over the vectors of one range, all of them or those with live
-// weights. A kernel K has kLanes, `mask` and, for the vector that starts at element i, update(i) and
-// prefetch<kLocality>(i): 3 for the first-level cache, 2 for the second. A loop takes its own copy of K: behind a
-// reference, every store might change the flags, and they would be read and tested again for each vector.
+// weights. A kernel K has kLanes, `mask` and, for the vector that starts at element i, update(i) and prefetch(i).
 #pragma once
 #include "kernels.h"
 #include "vec_scalar.h"
@@ -19,15 +17,10 @@ inline uint32_t mask_bits(const uint8_t* mask, int64_t i) {
   return static_cast<uint32_t>(mask[i >> 3]) >> (i & 7) & kAll;
 }
 
-// Every vector in [i, end); returns where the last one ended. Measured (Intel Xeon with AMX, two threads, 25M float32):
-// fetching 4 KiB of float32 ahead is 1.02x to 1.06x faster than leaving it to the hardware.
+// Every vector in [i, end); returns where the last one ended.
 template <class K>
 inline int64_t step_all(const K k, int64_t i, int64_t end) {
-  constexpr int64_t kAhead = 1024;
-  for (; i + K::kLanes <= end; i += K::kLanes) {
-    if constexpr (K::kLanes > 1) k.template prefetch<3>(i + kAhead);
-    k.update(i);
-  }
+  for (; i + K::kLanes <= end; i += K::kLanes) k.update(i);
   return i;
 }
 
@@ -43,7 +36,7 @@ inline int64_t step_live(const K k, const int64_t begin, const int64_t end) {
   const auto drain = [&](int64_t left) {
     int64_t j = 0;
     for (; j + left < held; ++j) {
-      if (j + kAhead < held) k.template prefetch<2>(begin + int64_t{list[j + kAhead]} * K::kLanes);
+      if (j + kAhead < held) k.prefetch(begin + int64_t{list[j + kAhead]} * K::kLanes);
       k.update(begin + int64_t{list[j]} * K::kLanes);
     }
     for (held = 0; held < left; ++held) list[held] = list[j + held];
@@ -69,7 +62,7 @@ inline int64_t step_live(const K k, const int64_t begin, const int64_t end) {
           list[held++] = first + __builtin_ctzll(bits);
         }
       }
-      for (int64_t j = known; j < held && j < kAhead; ++j) k.template prefetch<2>(begin + int64_t{list[j]} * K::kLanes);
+      for (int64_t j = known; j < held && j < kAhead; ++j) k.prefetch(begin + int64_t{list[j]} * K::kLanes);
       drain(held < kAhead ? held : kAhead);
     }
   }
