@@ -38,7 +38,7 @@ __device__ __forceinline__ void enter_blocks(const SparseWeight& w, const Sparse
 }
 
 // The columns that any row is in, in order, by one warp; returns their number.
-__device__ __forceinline__ int list_columns(const Column* table, int columns, int32_t* list) {
+__device__ __forceinline__ int list_columns(const Column* table, int columns, uint32_t* list) {
   const int lane = threadIdx.x;
   int found = 0;
   for (int first = 0; first < columns; first += 32) {
@@ -54,10 +54,11 @@ __device__ __forceinline__ int list_columns(const Column* table, int columns, in
 
 // The weight in one row of a band and one column, 0 where no block is; weights off the mask are not read.
 __device__ __forceinline__ uint32_t weight_at(const SparseWeight& w, const SparseGrid& grid, const Column* table,
-                                              int column, int row) {
-  const int block = column < 0 ? -1 : table[column].block[row / 4];
+                                              uint32_t column, int row) {
+  const int block = table[column].block[row / 4];
   if (block < 0) return 0;
-  const int channel = blockIdx.x * grid.slab + column / grid.taps, tap = column % grid.taps;
+  const int channel = blockIdx.x * grid.slab + static_cast<int>(column) / grid.taps,
+            tap = static_cast<int>(column) % grid.taps;
   const int64_t element = (int64_t{blockIdx.y} * kBandRows + row / 4) * w.row_step + channel * w.channel_step +
                           tap / w.kernel_columns * w.tap_row_step + tap % w.kernel_columns * w.tap_column_step;
   const int64_t at = w.packed ? int64_t{block} * 4 : element;
@@ -69,7 +70,7 @@ __global__ void __launch_bounds__(kPackThreads)
   SPARSEKERN_SHARED(Column, table);
   __shared__ int count;
   const int columns = grid.slab * grid.taps;
-  int32_t* const list = reinterpret_cast<int32_t*>(table + columns);
+  uint32_t* const list = reinterpret_cast<uint32_t*>(table + columns);
   enter_blocks(w, grid, columns, table);
   if (threadIdx.x < 32) {
     const int found = list_columns(table, columns, list);
@@ -81,7 +82,7 @@ __global__ void __launch_bounds__(kPackThreads)
   if (threadIdx.x == 0) bands.steps[part] = steps;
   // A column that fills up the last step has offset 0, which is a tap of the kernel, and weights of zero.
   for (int i = threadIdx.x; i < steps * kStep; i += kPackThreads) {
-    const int column = i < found ? list[i] : 0;
+    const int column = i < found ? static_cast<int>(list[i]) : 0;
     bands.offsets[first * kStep + i] =
         static_cast<uint16_t>(column / grid.taps * grid.channel_step + grid.tap_offset[column % grid.taps]);
   }
@@ -90,8 +91,9 @@ __global__ void __launch_bounds__(kPackThreads)
     uint32_t part_of_lane[4];  // as mma.m16n8k16 wants its first operand
     for (int r = 0; r < 4; ++r) {
       const int row = lane / 4 + r % 2 * 8, k = i / 32 * kStep + lane % 4 * 2 + r / 2 * 8;
-      const uint32_t low = weight_at(w, grid, table, k < found ? list[k] : -1, row);
-      part_of_lane[r] = low | weight_at(w, grid, table, k + 1 < found ? list[k + 1] : -1, row) << 16;
+      const uint32_t low = k < found ? weight_at(w, grid, table, list[k], row) : 0;
+      const uint32_t high = k + 1 < found ? weight_at(w, grid, table, list[k + 1], row) : 0;
+      part_of_lane[r] = low | high << 16;
     }
     static_cast<uint4*>(bands.values)[first * 32 + i] = {part_of_lane[0], part_of_lane[1], part_of_lane[2],
                                                          part_of_lane[3]};
@@ -202,7 +204,7 @@ int launch(const SparseWeight& w, const SparseGrid& grid, const SparseBands& ban
 }  // namespace
 
 int sparse_pack_halves(const SparseWeight& weight, const SparseGrid& grid, const SparseBands& bands, void* stream) {
-  const uint32_t shared = grid.slab * grid.taps * (sizeof(Column) + sizeof(int32_t));
+  const uint32_t shared = grid.slab * grid.taps * (sizeof(Column) + sizeof(uint32_t));
   SPARSEKERN_LAUNCH(pack_halves, dim3(bands.slabs, (weight.rows + kBandRows - 1) / kBandRows), dim3(kPackThreads),
                     shared, stream, weight, grid, bands);
   return launch_status();
