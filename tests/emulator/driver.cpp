@@ -168,9 +168,11 @@ struct HalfConv {
     std::vector<int32_t> pointers{0}, indices;
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t c = 0; c < in * taps; ++c) {
-        if (generator() % 5 == 0) indices.push_back(wrong ? int32_t(generator() % 4000) - 1000 : int32_t(c));
+        if (generator() % 5 == 0) {
+          indices.push_back(int32_t(wrong ? int64_t(generator() % (3 * in * taps)) - in * taps : c));
+        }
       }
-      pointers.push_back(wrong ? int32_t(generator()) : int32_t(indices.size()));
+      pointers.push_back(wrong && r % 4 == 0 ? int32_t(generator()) : int32_t(indices.size()));
     }
     std::vector<uint16_t> x = numbers(images * height * width * in), weight = numbers(out * in * taps);
     std::vector<uint16_t> bias = numbers(out), y(images * h * w * out);
