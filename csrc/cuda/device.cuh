@@ -29,6 +29,43 @@ __device__ __forceinline__ uint32_t take_ticket(uint32_t* counter) {
   return ticket;
 }
 
+// d += a * b on tensor cores, of which GPUs before sm_80 have none for these types: a 16 x 16 `a` and a 16 x 8 `b` of
+// 16-bit numbers, held as the PTX manual says for mma.m16n8k16.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#define SPARSEKERN_MMA(type) __trap()
+#else
+#define SPARSEKERN_MMA(type)                                          \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "  \
+               "{%0, %1, %2, %3};"                                    \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])       \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+#endif
+__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __half) {
+  SPARSEKERN_MMA("f16");
+}
+__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __nv_bfloat16) {
+  SPARSEKERN_MMA("bf16");
+}
+#undef SPARSEKERN_MMA
+
+// Four 8 x 8 matrices of 16-bit numbers from shared memory; `row` is one of their 32 rows, 16 bytes, in order of lanes.
+template <bool kTranspose>
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&to)[4], const void* row) {
+  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  if constexpr (kTranspose) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(at)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(at)
+                 : "memory");
+  }
+}
+
 }  // namespace sparsekern
 #else
 #include "simt.h"

@@ -93,21 +93,22 @@ int topk_n_of_m(const ScoreTensor* tensors, int64_t count, int32_t* status, uint
                 void* stream);
 
 // What a pass of a sparse layer reads or writes: `images` of `height` x `width` pixels, channels neighbours in memory.
-// Pixels from number `limit` on are not there: several rows of a matrix travel as the pixels of four long images.
+// Pixels from number `limit` on are not there: several rows of a matrix travel as the pixels of four (of 16-bit
+// numbers, eight) long images.
 struct SparseImage {
-  float* data;
+  void* data;
   int64_t image_stride, row_stride, column_stride;
   int32_t images, height, width, channels;
   int64_t limit;
 };
 
-constexpr int kSparseTaps = 64, kSparsePixels = 32, kSparseImages = 4;
+constexpr int kSparseTaps = 64, kSparsePixels = 32, kSparseImages = 4, kSparseHalfImages = 8;
 constexpr uint32_t kSparseShared = 48 << 10;
 
 // One output pixel (y, x) of the grid reads input pixels (y * stride + dy - top, x * stride + dx - left), dy and dx of
 // its taps. A tile of kSparsePixels pixels of kSparseImages images needs `halo_rows` x `halo_columns` input pixels; in
 // shared memory, pixels that the stride tells apart lie apart, and a channel takes `channel_step` units of
-// kSparseImages floats.
+// kSparseImages floats or kSparseHalfImages 16-bit numbers.
 struct SparseGrid {
   int32_t rows, columns, stride_y, stride_x, top, left;
   int32_t tile_rows, tile_columns;
@@ -117,7 +118,7 @@ struct SparseGrid {
 
 // A sparse weight as sparsekern/ops/sparse_structure.py has it, or its transpose, whose rows are input channels.
 struct SparseWeight {
-  const float* data;
+  const void* data;
   int64_t row_step, channel_step, tap_row_step, tap_column_step;  // in elements, of one row and channel of blocks
   int64_t inner_step;                                             // between the four of a block; 1 row for "packed"
   const int32_t* pointers;
@@ -149,5 +150,20 @@ int sparse_product(const SparseWeight& weight, const SparseGrid& grid, const Spa
 int sparse_weight_gradient(const SparseWeight& weight, const SparseGrid& grid, const SparsePacked& packed,
                            const SparseImage& input, const SparseImage& gradient, float* partial, int32_t splits,
                            float* result, void* stream);
+
+// A weight of 4x1 blocks as operands of tensor cores, filled by sparse_pack_halves. Four rows of blocks are 16 rows of
+// the product, a "band". Of a band and a slab it holds the columns (a channel at a tap) that any block of the band is
+// in, 16 to a step, with zeros where a row has no block there; a band has room for `most` steps in each slab.
+struct SparseBands {
+  uint16_t* offsets;  // of each column in a slab
+  void* values;       // of each step 32 times 16 bytes, one for each lane
+  int32_t* steps;     // of band b and slab s at b * slabs + s
+  int32_t slabs, most;
+};
+
+int sparse_pack_halves(const SparseWeight& weight, const SparseGrid& grid, const SparseBands& bands, void* stream);
+// float16 or bfloat16 everywhere, sums in float32.
+int sparse_product_halves(Dtype dtype, const SparseWeight& weight, const SparseGrid& grid, const SparseBands& bands,
+                          const SparseImage& input, const SparseImage& output, const void* bias, void* stream);
 
 }  // namespace sparsekern::cuda

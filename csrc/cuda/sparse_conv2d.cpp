@@ -1,12 +1,13 @@
-// Host side of the sparse layers on CUDA: from tensors to grids, a weight and two images. Float32, one group, images
-// whose channels are neighbours; sparsekern/ops/sparse_cuda.py brings operands into that form. Functions return whether
-// the kernels take the geometry, before anything is launched.
+// Host side of the sparse layers on CUDA: from tensors to grids, a weight and two images. Float32, or 16-bit numbers in
+// the product with 4x1 blocks; one group, images whose channels are neighbours; sparsekern/ops/sparse_cuda.py brings
+// operands into that form. Functions return whether the kernels take the geometry, before anything is launched.
 #include <torch/csrc/stable/ops.h>
 
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "../dtype_of.h"
 #include "host.h"
 #include "sparse_grid.h"
 
@@ -16,22 +17,29 @@ namespace {
 using ScalarType = torch::headeronly::ScalarType;
 using Ints = std::vector<int64_t>;
 
-SparseImage image_of(const Tensor& t) {
+SparseImage image_of(const Tensor& t, ScalarType type = ScalarType::Float) {
   const int64_t n = t.size(0), c = t.size(1), h = t.size(2), w = t.size(3);
   const int64_t expected[] = {h * w * c, 1, w * c, c};
   for (int64_t d = 0; d < 4; ++d) {
     STD_TORCH_CHECK(t.size(d) == 1 || t.stride(d) == expected[d], "sparsekern: an image must be dense channels_last");
   }
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && on_device(t), "sparsekern: an image must be float32");
+  STD_TORCH_CHECK(t.scalar_type() == type && on_device(t), "sparsekern: an image must be of the kernel's dtype");
   STD_TORCH_CHECK(n < INT32_MAX && h * w < INT32_MAX && c < INT32_MAX, "sparsekern: an image is too large");
-  float* const data = static_cast<float*>(const_cast<void*>(t.const_data_ptr()));
-  return {data, expected[0], expected[2], c, int32_t(n), int32_t(h), int32_t(w), int32_t(c), n * h * w};
+  return {const_cast<void*>(t.const_data_ptr()),
+          expected[0],
+          expected[2],
+          c,
+          int32_t(n),
+          int32_t(h),
+          int32_t(w),
+          int32_t(c),
+          n * h * w};
 }
 
-// The pixels of all images as those of four long ones: nothing is left over at the ends of images.
-SparseImage as_long_images(const SparseImage& m) {
-  const int64_t length = (m.limit + kSparseImages - 1) / kSparseImages;
-  return {m.data, length * m.column_stride, 0, m.column_stride, kSparseImages, 1, int32_t(length), m.channels, m.limit};
+// The pixels of all images as those of a few long ones: nothing is left over at the ends of images.
+SparseImage as_long_images(const SparseImage& m, int32_t count = kSparseImages) {
+  const int64_t length = (m.limit + count - 1) / count;
+  return {m.data, length * m.column_stride, 0, m.column_stride, count, 1, int32_t(length), m.channels, m.limit};
 }
 
 // A weight (out, in, kh, kw) or its packed blocks; `transposed` structures have rows of input channels.
@@ -45,7 +53,7 @@ struct Layer {
     STD_TORCH_CHECK(structure.size() >= 2 && shape.size() == 4 && strides.size() == 4, "sparsekern: bad structure");
     const int32_t tall = layout == "4x1" ? 4 : 1, wide = layout == "1x4" ? 4 : 1;
     SparseWeight& w = weight;
-    w.data = data ? static_cast<const float*>(data->const_data_ptr()) : nullptr;
+    w.data = data ? data->const_data_ptr() : nullptr;
     w.packed = strides[0] == 0;
     w.row_step = tall * strides[0];
     w.channel_step = wide * strides[1];
@@ -107,18 +115,52 @@ void check_geometry(const Ints& shape, const Ints& geometry, const SparseImage& 
 }
 
 std::optional<SparseGrid> forward_grid(const Ints& shape, const Ints& g, SparseImage& input, SparseImage& output,
-                                       uint32_t shared) {
+                                       uint32_t shared, int32_t images = kSparseImages) {
   check_geometry(shape, g, input, output);
   if (is_pointwise(shape, g)) {
-    input = as_long_images(input);
-    output = as_long_images(output);
+    input = as_long_images(input, images);
+    output = as_long_images(output, images);
   }
   return make_grid(forward_axis(output.height, shape[2], g[0], g[2], g[4]),
                    forward_axis(output.width, shape[3], g[1], g[3], g[5]), input.channels, shared);
 }
 
+// The product on tensor cores. Of the memory for bands, as large as the dense weight, only what is used is touched.
+bool product_halves(const Tensor& result, const Tensor& input, const Tensor& weight,
+                    const std::vector<Tensor>& structure, const std::string& layout, const std::optional<Tensor>& bias,
+                    const Ints& shape, const Ints& strides, const Ints& geometry) {
+  const ScalarType type = result.scalar_type();
+  SparseImage in = image_of(input, type), out = image_of(result, type);
+  STD_TORCH_CHECK(layout == "4x1" && shape[0] % 4 == 0 && weight.scalar_type() == type &&
+                      (!bias || (bias->scalar_type() == type && bias->is_contiguous() && on_device(*bias) &&
+                                 bias->numel() == shape[0])) &&
+                      reinterpret_cast<uintptr_t>(out.data) % 4 == 0,
+                  "sparsekern: 16-bit operands must be of one dtype, of 4x1 blocks, and the result aligned");
+  const std::optional<SparseGrid> grid = forward_grid(shape, geometry, in, out, kSparseShared, kSparseHalfImages);
+  if (!grid) return false;
+  const OnDeviceOf device(result);
+  const Layer layer(weight, structure, layout, shape, strides, false);
+  SparseBands bands{};
+  bands.slabs = (layer.weight.channels + grid->slab - 1) / grid->slab;
+  bands.most = (grid->slab * grid->taps + 15) / 16;
+  const int64_t parts = (layer.weight.rows + 3) / 4 * int64_t{bands.slabs}, steps = parts * bands.most;
+  Tensor values = torch::stable::new_empty(result, {steps * 32 * 4}, ScalarType::Int);
+  Tensor offsets = torch::stable::new_empty(result, {steps * 16}, ScalarType::Short);
+  Tensor counts = torch::stable::new_empty(result, {parts}, ScalarType::Int);
+  bands.values = values.mutable_data_ptr();
+  bands.offsets = static_cast<uint16_t*>(offsets.mutable_data_ptr());
+  bands.steps = counts.mutable_data_ptr<int32_t>();
+  check_launch("sparse_conv2d", sparse_pack_halves(layer.weight, *grid, bands, device.stream));
+  check_launch("sparse_conv2d", sparse_product_halves(dtype_of("sparse_conv2d", result), layer.weight, *grid, bands, in,
+                                                      out, bias ? bias->const_data_ptr() : nullptr, device.stream));
+  return true;
+}
+
 bool sparse_product_cuda(Tensor result, Tensor input, Tensor weight, std::vector<Tensor> structure, std::string layout,
                          std::optional<Tensor> bias, Ints shape, Ints strides, Ints geometry) {
+  if (const ScalarType type = result.scalar_type(); type == ScalarType::Half || type == ScalarType::BFloat16) {
+    return product_halves(result, input, weight, structure, layout, bias, shape, strides, geometry);
+  }
   SparseImage in = image_of(input), out = image_of(result);
   const std::optional<SparseGrid> grid = forward_grid(shape, geometry, in, out, kSparseShared);
   if (!grid) return false;

@@ -13,7 +13,7 @@ __device__ __forceinline__ void load_gradients(const SparseGrid& g, const Sparse
   const int output = threadIdx.x % kOutputs;
   for (int p = threadIdx.x / kOutputs; p < kSparsePixels; p += kThreads / kOutputs) {
     const int row = tile.row + p / g.tile_columns, column = tile.column + p % g.tile_columns;
-    to[output * kPixelPitch + p] = load_unit(gradient, tile.image, row, column, first + output);
+    to[output * kPixelPitch + p] = load_unit<float>(gradient, tile.image, row, column, first + output);
   }
 }
 

@@ -6,10 +6,6 @@ namespace {
 
 constexpr int kPackWarps = 4;
 
-__device__ __forceinline__ int clamped(int value, int low, int high) {
-  return value < low ? low : value > high ? high : value;
-}
-
 // A warp per row keeps the order of its blocks and drops those that are not in this pass. Indices are those of a caller
 // who may have changed them: one out of range is dropped, so that nothing leaves its memory.
 __global__ void __launch_bounds__(32 * kPackWarps)
@@ -18,6 +14,7 @@ __global__ void __launch_bounds__(32 * kPackWarps)
   if (row >= w.rows) return;
   const int begin = clamped(w.pointers[row], 0, w.blocks), end = clamped(w.pointers[row + 1], begin, w.blocks);
   int32_t* const bounds = packed.bounds + int64_t{row} * (packed.slabs + 1);
+  const float* const data = static_cast<const float*>(w.data);
   int next = begin, slab_before = -1;
   for (int first = begin; first < end; first += 32) {
     const int k = first + lane, given = k < end ? w.indices[k] : -1;
@@ -33,8 +30,7 @@ __global__ void __launch_bounds__(32 * kPackWarps)
       const int64_t element = row * w.row_step + channel * w.channel_step + tap / w.kernel_columns * w.tap_row_step +
                               tap % w.kernel_columns * w.tap_column_step;
       const int64_t own = w.packed ? int64_t{w.source ? w.source[k] : k} * size : element;
-      for (int i = 0; i < size; ++i)
-        packed.values[int64_t{at} * size + i] = w.data ? w.data[own + i * w.inner_step] : 0;
+      for (int i = 0; i < size; ++i) packed.values[int64_t{at} * size + i] = data ? data[own + i * w.inner_step] : 0;
       if (packed.targets) packed.targets[at] = static_cast<int32_t>(own);
     }
     const int last = __shfl_sync(~0u, slab, all ? 31 - __clz(all) : 0);
@@ -104,8 +100,8 @@ __global__ void __launch_bounds__(256, 2)
 #pragma unroll
   for (int i = 0; i < kSparseImages; ++i) {
     if (!has_pixel(output, tile.image + i, to_row, to_column)) continue;
-    float* const to = output.data + (tile.image + i) * output.image_stride + to_row * output.row_stride +
-                      to_column * output.column_stride;
+    float* const to = static_cast<float*>(output.data) + (tile.image + i) * output.image_stride +
+                      to_row * output.row_stride + to_column * output.column_stride;
 #pragma unroll
     for (int b = 0; b < kRows; ++b) {
 #pragma unroll

@@ -1,6 +1,7 @@
 """sparse_conv2d and sparse_linear on CUDA: what the kernels take, and the dense path for the rest.
 
-The kernels take float32, one group, and images in channels_last; other images are copied into it. Everything else, and
+The kernels take float32, forward also float16 and bfloat16 with pattern 4x1 (on tensor cores, sm_80 and newer), one
+group, and images in channels_last; other images are copied into it. Everything else, and
 a window too large for shared memory, is torch's dense operator on the masked weight, the operators' reference; that
 is said once for each reason. Structures are not read back from the GPU: of one that is wrong a kernel drops what lies
 outside of the weight, and its result is then unspecified.
@@ -29,15 +30,21 @@ from sparsekern.ops.sparse_linear import reference as linear_reference
 from sparsekern.ops.sparse_structure import check_form, check_packed
 
 _LAST = torch.channels_last
+_HALVES = (torch.float16, torch.bfloat16)
 _told: set[str] = set()
 
 
-def dense_reason(groups: int, *operands: Tensor | None) -> str:
-    """Why these operands take the dense path, '' if the kernels serve them."""
-    for t in operands:
-        if t is not None and t.dtype != torch.float32:
-            return f"{t.dtype}: the sparse kernels are float32"
-        if t is not None and not t.numel():
+def dense_reason(groups: int, *operands: Tensor | None, halves: bool = False) -> str:
+    """Why these operands take the dense path, '' if the kernels serve them; ``halves``: float16 and bfloat16 too."""
+    given = [t for t in operands if t is not None]
+    for t in given:
+        if t.dtype != torch.float32 and not (halves and t.dtype in _HALVES):
+            return f"{t.dtype}: the sparse kernels are float32, and forward with pattern 4x1 float16 and bfloat16"
+        if t.dtype != given[0].dtype:
+            return "operands of several dtypes"
+        if t.dtype in _HALVES and t.is_cuda and torch.cuda.get_device_capability(t.device) < (8, 0):
+            return f"{t.dtype}: the GPU is older than sm_80"
+        if not t.numel():
             return "empty"
     return f"groups={groups}: the sparse kernels are for one group" if groups != 1 else ""
 
@@ -102,7 +109,7 @@ def conv2d(
 ) -> Tensor:  # fmt: skip
     """The operator sparse_conv2d on CUDA."""
     result = conv2d_fake(input, weight, structure, layout, bias, stride, padding, dilation, groups, *shape)
-    reason = dense_reason(groups, input, weight, bias, result)
+    reason = dense_reason(groups, input, weight, bias, result, halves=layout == "4x1")
     if not reason:
         sizes, strides = _weight(weight, *shape)
         _check(weight, structure, layout, sizes, groups)
@@ -170,7 +177,7 @@ def linear_forward(
 ) -> Tensor:
     """The operator sparse_linear on CUDA."""
     result = linear_fake(input, weight, structure, layout, bias, *shape)
-    reason = dense_reason(1, input, weight, bias, result)
+    reason = dense_reason(1, input, weight, bias, result, halves=layout == "4x1")
     if reason:
         _tell("sparse_linear", structure, reason)
         return linear_reference(input, weight, structure, layout, bias, *shape)

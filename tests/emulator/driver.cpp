@@ -206,6 +206,73 @@ struct Conv {
   }
 };
 
+// The product on tensor cores: five bands in two blocks of threads, the last one short; three slabs; nine images.
+struct HalfConv {
+  int64_t images = 9, in = 68, out = 76, kernel, stride, height = 5, width = 9;
+
+  Bytes run(Dtype dtype, bool wrong) const {
+    const int64_t pad = kernel / 2, h = (height + 2 * pad - kernel) / stride + 1,
+                  w = (width + 2 * pad - kernel) / stride + 1;
+    const int64_t taps = kernel * kernel, rows = out / 4;
+    std::vector<int32_t> pointers{0}, indices;
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < in * taps; ++c) {
+        if (generator() % 5 == 0) {
+          indices.push_back(int32_t(wrong ? int64_t(generator() % (3 * in * taps)) - in * taps : c));
+        }
+      }
+      pointers.push_back(wrong && r % 4 == 0 ? int32_t(generator()) : int32_t(indices.size()));
+    }
+    std::vector<uint16_t> x = numbers(images * height * width * in), weight = numbers(out * in * taps);
+    std::vector<uint16_t> bias = numbers(out), y(images * h * w * out);
+    const SparseWeight s{weight.data(),
+                         4 * in * taps,
+                         taps,
+                         kernel,
+                         1,
+                         in * taps,
+                         pointers.data(),
+                         indices.data(),
+                         nullptr,
+                         int32_t(rows),
+                         int32_t(in),
+                         int32_t(indices.size()),
+                         int32_t(kernel),
+                         4,
+                         1,
+                         false};
+    const AxisPass v = forward_axis(h, kernel, stride, pad, 1), u = forward_axis(w, kernel, stride, pad, 1);
+    const SparseGrid grid = *make_grid(v, u, in, kSparseShared);
+    SparseBands bands{};
+    bands.slabs = int32_t((in + grid.slab - 1) / grid.slab);
+    bands.most = (grid.slab * grid.taps + 15) / 16;
+    const int64_t parts = (rows + 3) / 4 * bands.slabs;
+    std::vector<uint4> values(parts * bands.most * 32);
+    std::vector<uint16_t> offsets(parts * bands.most * 16);
+    std::vector<int32_t> steps(parts);
+    bands.values = values.data();
+    bands.offsets = offsets.data();
+    bands.steps = steps.data();
+    sparse_pack_halves(s, grid, bands, nullptr);
+    sparse_product_halves(dtype, s, grid, bands, image(x, height, width, in), image(y, h, w, out), bias.data(),
+                          nullptr);
+    Bytes found;
+    if (!wrong) append(found, y);
+    return found;
+  }
+
+  // Bits of numbers between 1 and 2 in both types: no sum is NaN.
+  static std::vector<uint16_t> numbers(size_t n) {
+    std::vector<uint16_t> bits(n);
+    for (uint16_t& b : bits) b = uint16_t(0x3C00 | generator() % 1024);
+    return bits;
+  }
+
+  SparseImage image(std::vector<uint16_t>& data, int64_t h, int64_t w, int64_t c) const {
+    return {data.data(), h * w * c, w * c, c, int32_t(images), int32_t(h), int32_t(w), int32_t(c), images * h * w};
+  }
+};
+
 bool same_in_every_order(const char* name, const std::function<Bytes()>& run) {
   Bytes first;
   for (int order : {0, 1, 7}) {
@@ -244,6 +311,13 @@ int main() {
         const std::string name = std::to_string(tall) + "x" + std::to_string(wide) + " convolution";
         good &= same_in_every_order(name.c_str(), [&] { return conv.run(false); });
         good &= same_in_every_order("  of a wrong structure", [&] { return conv.run(true); });
+      }
+      HalfConv halves{};
+      halves.kernel = kernel;
+      halves.stride = stride;
+      for (Dtype dtype : {Dtype::kFloat16, Dtype::kBFloat16}) {
+        good &= same_in_every_order("16-bit convolution", [&] { return halves.run(dtype, false); });
+        good &= same_in_every_order("  of a wrong structure", [&] { return halves.run(dtype, true); });
       }
     }
   }

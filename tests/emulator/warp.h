@@ -182,6 +182,15 @@ T atomicOr(T* p, V v) {
 }
 
 template <class T>
+T atomicMax(T* p, T v) {
+  const std::atomic_ref<T> at(*p);
+  T before = at.load(std::memory_order_relaxed);
+  while (before < v && !at.compare_exchange_weak(before, v, std::memory_order_relaxed)) {
+  }
+  return before;
+}
+
+template <class T>
 T __ldg(const T* p) {
   return *p;
 }
