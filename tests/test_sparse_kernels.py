@@ -141,6 +141,27 @@ def test_conv2d_gradients_agree_with_float64_on_any_number_of_threads(native, ca
             assert all(torch.equal(a, b) for a, b in zip(found, gradients(run, *inputs), strict=True))
 
 
+@pytest.mark.parametrize("stride, padding", [(1, 1), (2, 1), (3, 0)])
+def test_input_gradient_beyond_one_tile(native, stride, padding, threads):
+    """A packed input that is cut into tiles, each computed from all outputs that reach it, and its last pixels."""
+    if native == "emulated-cuda":
+        pytest.skip("has tiles of its own, of a few pixels")
+    torch.manual_seed(0)
+    shape, geometry = (8, 40, 3, 3), (stride, padding)
+    x, w = torch.randn(2, 40, 101, 92, requires_grad=True), torch.randn(shape)
+    mask = block_mask(shape, "4x1", 0.8)
+    s = sk.ops.sparse_structure(mask, "4x1")
+    exact = torch.nn.functional.conv2d(x.double(), torch.where(mask, w, 0).double(), None, *geometry)
+    grad = torch.randn(exact.shape)
+    (want,) = torch.autograd.grad(exact, x, grad.double())
+    results = []
+    for count in (1, 3):
+        threads(count)
+        results += torch.autograd.grad(sk.ops.sparse_conv2d(x, w, s, None, *geometry), x, grad)
+    assert torch.equal(*results)
+    assert_close(results[0], want.double(), mask[:, 0].numel())
+
+
 @pytest.mark.parametrize("rows", [1, 250])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_linear_gradients_agree_with_float64_on_any_number_of_threads(native, rows, pattern, threads):

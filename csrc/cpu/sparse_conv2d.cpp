@@ -12,6 +12,7 @@
 
 #include "dispatch.h"
 #include "sparse_gradient.h"
+#include "sparse_scatter.h"
 
 namespace sparsekern {
 namespace {
@@ -109,13 +110,14 @@ bool sparse_plan_cpu(Tensor plan, std::string pass, Tensor input, Tensor result,
   const SparseForm form = sparse_form(weight, structure, w);
   const Geometry g = geometry_of(input, result, shape, geometry, w);
   check_ints(plan);
-  const int64_t sets = pass == "input" ? geometry[0] * geometry[1] : 1;
-  const int64_t rows = pass == "input" ? w.channels / w.wide * groups : w.block_rows();
+  const bool scattered = pass == "input" && w.tall == 4, transposed = pass == "input" && !scattered;
+  const int64_t sets = scattered ? kMostShares : transposed ? geometry[0] * geometry[1] : 1;
+  const int64_t rows = transposed ? w.channels / w.wide * groups : w.block_rows();
   STD_TORCH_CHECK(plan.numel() >= sets * planned_size(rows, 0) + 2 * form.blocks, "sparsekern: plan is too small");
   int32_t* const to = plan.mutable_data_ptr<int32_t>();
   if (pass == "input") return plan_input_gradient(form, g.rows, g.columns, strides_of(result), g.images, g.lanes, to);
+  if (pass == "weight") return plan_weight_gradient(form, g.rows, g.columns, strides_of(input), g.images, to);
   const Grid grid = g.grid();
-  if (pass == "weight") return plan_weight_gradient(form, grid, strides_of(input), strides_of(result), to);
   return plan_rows(form, grid, Plan(grid, input.size(1), w.tall, strides_of(input)).width, to);
 }
 
@@ -161,8 +163,9 @@ bool sparse_weight_gradient_cpu(Tensor result, Tensor grad, Tensor input, Tensor
                                 Ints geometry, int64_t groups) {
   const SparseShape w = sparse_shape(result, shape, layout, groups);
   const Geometry g = geometry_of(input, grad, shape, geometry, w);
-  return sparse_weight_gradient(g.grid(), {input.const_data_ptr<float>(), strides_of(input)}, w, reader(plan),
-                                {grad.const_data_ptr<float>(), strides_of(grad)}, result.mutable_data_ptr<float>());
+  return sparse_weight_gradient(g.rows, g.columns, {input.const_data_ptr<float>(), strides_of(input)}, w, reader(plan),
+                                {grad.const_data_ptr<float>(), strides_of(grad)}, result.mutable_data_ptr<float>(),
+                                g.images);
 }
 
 bool sparse_input_gradient_cpu(Tensor result, Tensor grad, Tensor weight, Tensor plan, std::string layout, Ints shape,

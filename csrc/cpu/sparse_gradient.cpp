@@ -6,20 +6,28 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "sparse_scatter.h"
 
 namespace sparsekern {
 namespace {
 
-// Pixels of a tile of the weight gradient: enough to hide the addition over lanes, and few enough for the cache.
+// Pixels of a tile of the weight gradient: enough to hide the addition over lanes, and few enough for the cache, which
+// holds the activations of all channels; gradients pass through it once.
 constexpr int64_t kLeastPixels = 128, kMostPixels = 1024;
+// Images of fewer pixels than about this lie one after another in a tile.
+constexpr int64_t kTogetherPixels = 512;
 // Channels per packing task, tens of KiB.
 constexpr int64_t kPackChannels = 16;
 
-// In place if both images allow it.
-Plan weight_plan(const Grid& grid, const SparseShape& w, const Strides& input, const Strides& gradients) {
+Grid weight_grid(const GradientAxis& rows, const GradientAxis& columns, int64_t images) {
+  return Grid(rows.forward, columns.forward, images, kTogetherPixels);
+}
+
+// The activations in place if the image allows it.
+Plan weight_plan(const Grid& grid, const SparseShape& w, const Strides& input) {
   SparseLimits limits;
   kernels().sparse_limits(&limits);
-  const int64_t lanes = limits.lanes, rows = w.channels * w.groups * grid.planes() + w.outputs;
+  const int64_t lanes = limits.lanes, rows = w.channels * w.groups * grid.planes();
   const int64_t pixels = std::clamp(2 * kTileFloats / rows, kLeastPixels, kMostPixels);
   Tiling t(grid, 1, lanes, pixels / lanes);
   const int64_t vectors = (grid.length + lanes - 1) / lanes, most = pixels / lanes;
@@ -28,32 +36,23 @@ Plan weight_plan(const Grid& grid, const SparseShape& w, const Strides& input, c
   t.per_span = (grid.length + t.tile - 1) / t.tile;
   t.count = t.per_span * grid.spans;
   t.width = (t.tile + grid.reach + lanes - 1) / lanes * lanes;
-  const bool place = in_place(grid, input) && in_place(grid, gradients);
-  return Plan(t, w.channels * w.groups * grid.planes(), place, input.channel);
+  return Plan(t, rows, in_place(grid, input), input.channel);
 }
 
-// The activations and the gradients of one tile, channels shared out over threads.
-void pack_pair(const Grid& grid, const Tiling& t, int64_t tile, const Image<const float>& input, int64_t channels,
-               float* activations, const Image<const float>& gradients, int64_t outputs, float* packed) {
+// The activations of one tile, channels shared out over threads.
+void pack_tile(const Grid& grid, const Tiling& t, int64_t tile, const Image<const float>& input, int64_t channels,
+               float* activations) {
   const int64_t span = tile / t.per_span, from = tile % t.per_span * t.tile;
-  const int64_t per_plane = (channels + kPackChannels - 1) / kPackChannels, of_input = per_plane * grid.planes();
-  const int64_t tasks = of_input + (outputs + kPackChannels - 1) / kPackChannels;
-  torch::stable::parallel_for(0, tasks, 4, [&](int64_t begin, int64_t end) {
+  const int64_t per_plane = (channels + kPackChannels - 1) / kPackChannels;
+  torch::stable::parallel_for(0, per_plane * grid.planes(), 4, [&](int64_t begin, int64_t end) {
     thread_local std::vector<SparseRun> runs;
     int64_t held = -1;
     for (int64_t i = begin; i < end; ++i) {
-      const bool is_input = i < of_input;
-      const int64_t plane = is_input ? i / per_plane : grid.planes();
-      const int64_t first = (is_input ? i % per_plane : i - of_input) * kPackChannels;
-      const int64_t count = std::min(kPackChannels, (is_input ? channels : outputs) - first);
-      if (plane != held && is_input) grid.inputs(runs, span, from, t.tile + grid.reach, plane, input.strides);
-      if (plane != held && !is_input) grid.outputs(runs, span, from, t.tile, gradients.strides);
+      const int64_t plane = i / per_plane, first = i % per_plane * kPackChannels;
+      if (plane != held) grid.inputs(runs, span, from, t.tile + grid.reach, plane, input.strides);
       held = plane;
-      const Image<const float>& image = is_input ? input : gradients;
-      const int64_t width = is_input ? t.width : t.tile;
-      float* const to = is_input ? activations + (plane * channels + first) * width : packed + first * width;
-      pack_runs({image.data + first * image.strides.channel, image.strides}, is_input ? grid.columns.stride : 1, runs,
-                count, to, width);
+      pack_runs({input.data + first * input.strides.channel, input.strides}, grid.columns.stride, runs,
+                std::min(kPackChannels, channels - first), activations + (plane * channels + first) * t.width, t.width);
     }
   });
 }
@@ -89,15 +88,18 @@ std::vector<Phase> phases(const GradientAxis& a) {
 
 }  // namespace
 
-bool plan_weight_gradient(const SparseForm& form, const Grid& grid, const Strides& input, const Strides& gradients,
-                          int32_t* plan) {
-  return plan_rows(form, grid, weight_plan(grid, form.shape, input, gradients).width, plan);
+bool plan_weight_gradient(const SparseForm& form, const GradientAxis& rows, const GradientAxis& columns,
+                          const Strides& input, int64_t images, int32_t* plan) {
+  const Grid grid = weight_grid(rows, columns, images);
+  return plan_rows(form, grid, weight_plan(grid, form.shape, input).width, plan);
 }
 
-bool sparse_weight_gradient(const Grid& grid, const Image<const float>& input, const SparseShape& w, PlanReader plan,
-                            const Image<const float>& gradients, float* result) {
-  thread_local Buffer<float> activation_buffer, gradient_buffer, sum_buffer;
-  const Plan chosen = weight_plan(grid, w, input.strides, gradients.strides);
+bool sparse_weight_gradient(const GradientAxis& down, const GradientAxis& across, const Image<const float>& input,
+                            const SparseShape& w, PlanReader plan, const Image<const float>& gradients, float* result,
+                            int64_t images) {
+  thread_local Buffer<float> activation_buffer, sum_buffer;
+  const Grid grid = weight_grid(down, across, images);
+  const Plan chosen = weight_plan(grid, w, input.strides);
   const Tiling& t = chosen.tiling;
   PlannedRows rows;
   if (!plan.next(w.block_rows(), rows) || rows.width != chosen.width) return false;
@@ -105,18 +107,23 @@ bool sparse_weight_gradient(const Grid& grid, const Image<const float>& input, c
   float* const total = sum_buffer.get(sums);
   std::fill(total, total + sums, 0.0f);
   float* const activations = activation_buffer.get(chosen.place ? 0 : channels * grid.planes() * t.width);
-  float* const packed = gradient_buffer.get(chosen.place ? 0 : w.outputs * t.tile);
   const SparseRows s{rows.pointers, rows.activations, nullptr, nullptr, chosen.width, w.tall, w.wide, true};
-  const int64_t parts = 4 * torch::stable::get_num_threads();
+  const int64_t parts = 4 * torch::stable::get_num_threads(), step = kPackChannels / w.tall;
   for (int64_t tile = 0; tile < t.count; ++tile) {
-    const int64_t count = chosen.place ? std::min(t.tile, grid.length - tile % t.per_span * t.tile) : t.tile;
-    if (!chosen.place) pack_pair(grid, t, tile, input, channels, activations, gradients, w.outputs, packed);
+    const int64_t from = tile % t.per_span * t.tile, count = std::min(t.tile, grid.length - from);
+    if (!chosen.place) pack_tile(grid, t, tile, input, channels, activations);
     const float* const x = chosen.place ? place(t, input, tile) : activations;
-    const float* const g = chosen.place ? place(t, gradients, tile) : packed;
-    const int64_t width = chosen.place ? gradients.strides.channel : t.tile;
     torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-      kernels().sparse_dots(s, part_begin(rows.pointers, rows.rows, begin, parts),
-                            part_begin(rows.pointers, rows.rows, end, parts), x, g, width, count, total);
+      thread_local Buffer<float> buffer;
+      thread_local std::vector<SparseRun> runs;
+      const int64_t last = part_begin(rows.pointers, rows.rows, end, parts);
+      grid.outputs(runs, tile / t.per_span, from, count, gradients.strides);
+      for (int64_t row = part_begin(rows.pointers, rows.rows, begin, parts); row < last; row += step) {
+        const int64_t until = std::min(row + step, last);
+        const NumberedRows g =
+            numbered_rows(runs, count, gradients, row * w.tall, (until - row) * w.tall, t.tile, buffer);
+        kernels().sparse_dots(s, row, until, x, g.data - row * w.tall * g.width, g.width, count, total);
+      }
     });
   }
   scatter(rows, w, total, result);
@@ -125,6 +132,7 @@ bool sparse_weight_gradient(const Grid& grid, const Image<const float>& input, c
 
 bool plan_input_gradient(const SparseForm& form, const GradientAxis& rows, const GradientAxis& columns,
                          const Strides& gradients, int64_t images, int64_t lanes, int32_t* plan) {
+  if (form.shape.tall == 4) return plan_scattered(form, Grid(rows.forward, columns.forward, images, lanes), plan);
   if (!is_structure(form, rows.kernel * columns.kernel)) return false;
   for (const Phase& v : phases(rows)) {
     for (const Phase& h : phases(columns)) {
@@ -140,6 +148,10 @@ bool sparse_input_gradient(const GradientAxis& rows, const GradientAxis& columns
                            const SparseShape& w, PlanReader plan, const float* weight, const Image<float>& result,
                            int64_t images, int64_t lanes) {
   thread_local Buffer<float> buffer;
+  if (w.tall == 4) {
+    const Grid grid(rows.forward, columns.forward, images, lanes);
+    return scattered_gradient(grid, gradients, w, plan, weight, result);
+  }
   const Strides& s = result.strides;
   for (const Phase& v : phases(rows)) {
     for (const Phase& h : phases(columns)) {

@@ -11,16 +11,17 @@ struct GradientAxis {
 };
 
 // Plans for the functions below; false if the structure is not one.
-bool plan_weight_gradient(const SparseForm& form, const Grid& grid, const Strides& input, const Strides& gradients,
-                          int32_t* plan);
+bool plan_weight_gradient(const SparseForm& form, const GradientAxis& rows, const GradientAxis& columns,
+                          const Strides& input, int64_t images, int32_t* plan);
 bool plan_input_gradient(const SparseForm& form, const GradientAxis& rows, const GradientAxis& columns,
                          const Strides& gradients, int64_t images, int64_t lanes, int32_t* plan);
 
 // The gradient of the weight at its kept blocks, stored as the weight is; other elements stay as they are. Sums run
 // over tiles in order, so results do not depend on threads. False, with nothing written, if the plan is for other
 // tiles.
-bool sparse_weight_gradient(const Grid& grid, const Image<const float>& input, const SparseShape& w, PlanReader plan,
-                            const Image<const float>& gradients, float* result);
+bool sparse_weight_gradient(const GradientAxis& rows, const GradientAxis& columns, const Image<const float>& input,
+                            const SparseShape& w, PlanReader plan, const Image<const float>& gradients, float* result,
+                            int64_t images);
 
 // The gradient of the input. Pixels that no tap reaches by the stride stay as they are. False if the plan is for other
 // tiles.

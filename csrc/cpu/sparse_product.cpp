@@ -114,31 +114,16 @@ class Product {
   void through_scratch(const std::vector<SparseRun>& runs, int64_t begin, int64_t end, const float* packed,
                        int64_t count) const {
     thread_local Buffer<float> buffer, residual_buffer;
-    thread_local std::vector<float*> pixels;
     const Strides& s = output_.strides;
     const int64_t width = tiling_.part, rows = kScratchRows / rows_.tall;
     float* const scratch = buffer.get(kScratchRows * width);
     float* const residual = residual_.data ? residual_buffer.get(kScratchRows * width) : nullptr;
-    if (channels_last(s)) {
-      pixels.assign(width, nullptr);
-      for (const SparseRun& run : runs) {
-        float* const first = output_.data + run.image + begin * rows_.tall;
-        for (int64_t i = 0; i < run.count; ++i) pixels[run.packed + i] = first + i * s.column;
-      }
-    }
     for (int64_t row = begin; row < end; row += rows) {
       const int64_t last = std::min(row + rows, end), channels = (last - row) * rows_.tall;
-      if (residual) {
-        pack_runs({residual_.data + row * rows_.tall * s.channel, s}, 1, runs, channels, residual, width);
-      }
+      const int64_t first = row * rows_.tall * s.channel;
+      if (residual) pack_runs({residual_.data + first, s}, 1, runs, channels, residual, width);
       kernels().sparse_rows(rows_, row, last, {packed, count, scratch, width, false, 0, 1, residual});
-      if (channels_last(s)) {
-        kernels().sparse_unpack_last(scratch, width, pixels.data(), width, channels);
-        for (float*& pixel : pixels) pixel += pixel ? channels : 0;
-      } else {
-        kernels().sparse_unpack(scratch, width, runs.data(), int64_t(runs.size()), channels,
-                                output_.data + row * rows_.tall * s.channel, s.channel, s.column);
-      }
+      unpack_runs(scratch, width, width, runs, channels, 1, {output_.data + first, s});
     }
   }
 
@@ -233,6 +218,36 @@ void pack_runs(const Image<const float>& input, int64_t step, const std::vector<
   kernels().sparse_pack_last(pixels.data(), width, channels, packed, width);
 }
 
+void unpack_runs(const float* packed, int64_t width, int64_t count, const std::vector<SparseRun>& runs,
+                 int64_t channels, int64_t step, const Image<float>& output) {
+  thread_local std::vector<float*> pixels;
+  const Strides& s = output.strides;
+  if (!channels_last(s)) {
+    kernels().sparse_unpack(packed, width, runs.data(), int64_t(runs.size()), channels, output.data, s.channel,
+                            s.column * step);
+    return;
+  }
+  pixels.assign(count, nullptr);
+  for (const SparseRun& run : runs) {
+    for (int64_t i = 0; i < run.count; ++i) pixels[run.packed + i] = output.data + run.image + i * s.column * step;
+  }
+  kernels().sparse_unpack_last(packed, width, pixels.data(), count, channels);
+}
+
+NumberedRows numbered_rows(const std::vector<SparseRun>& runs, int64_t count, const Image<const float>& image,
+                           int64_t begin, int64_t channels, int64_t width, Buffer<float>& buffer) {
+  const Strides& s = image.strides;
+  const float* const first = image.data + begin * s.channel;
+  if (s.column == 1 && runs.size() == 1 && runs[0].count == count) return {first + runs[0].image, s.channel};
+  float* const packed = buffer.get(channels * width);
+  pack_runs({first, s}, 1, runs, channels, packed, width);
+  return {packed, width};
+}
+
+void check_offsets(int64_t rows, int64_t width) {
+  STD_TORCH_CHECK(rows * width < INT32_MAX, "sparsekern: ", rows, " channels do not fit one tile of 32-bit offsets");
+}
+
 bool in_place(const Grid& grid, const Strides& s) {
   return grid.planes() == 1 && grid.reach == 0 && grid.length == s.channel && s.column == 1 &&
          grid.columns.stride == 1 && grid.rows.stride == 1 && grid.columns.padding == 0 && grid.rows.padding == 0;
@@ -240,8 +255,7 @@ bool in_place(const Grid& grid, const Strides& s) {
 
 Plan::Plan(const Tiling& tiling, int64_t rows, bool place, int64_t width)
     : tiling(tiling), place(place), width(place ? width : tiling.width) {
-  STD_TORCH_CHECK(rows * this->width < INT32_MAX, "sparsekern: ", rows,
-                  " channels do not fit one tile of 32-bit offsets");
+  check_offsets(rows, this->width);
 }
 
 Plan::Plan(const Grid& grid, int64_t channels, int32_t tall, const Strides& input)

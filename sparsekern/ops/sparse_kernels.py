@@ -38,6 +38,8 @@ input_gradient = _library.define_native(
     " int[] geometry, int groups) -> bool"
 )
 
+# kMostShares of csrc/cpu/sparse_scatter.h.
+_MOST_SHARES = 4
 # Plans of one structure; a layer whose input has more sizes than this makes new ones now and then.
 _MOST = 24
 
@@ -106,9 +108,9 @@ class Weight:
 
     def _new_plan(self, kind: str, input: Tensor, result: Tensor, geometry: tuple[int, ...]) -> Tensor:
         check_form(self.structure, self.layout, self.shape, self.groups)
-        transposed = kind == "input"
-        rows = input.shape[1] if transposed else self.shape[0]
-        sets = geometry[0] * geometry[1] if transposed else 1
+        # The gradient of the input has a set of rows per share of its channels, or of the transposed weight per phase.
+        sets = 1 if kind != "input" else _MOST_SHARES if self.layout == "4x1" else geometry[0] * geometry[1]
+        rows = max(input.shape[1], self.shape[0])
         plan = torch.empty(sets * (rows + 3) + 2 * self.structure[1].numel(), dtype=torch.int32)
         where = self.values, list(self.structure), self.layout, self.shape, geometry, self.groups
         if not _make_plan(plan, kind, input, result, *where):
@@ -133,9 +135,11 @@ def run_product(weight: Weight, input: Tensor, result: Tensor, bias: Tensor | No
     )  # fmt: skip
 
 
-def _reaches_all(kernel: int, stride: int, dilation: int) -> bool:
-    """Whether the taps of one axis reach every pixel; a longer stride leaves some, which the kernels do not write."""
-    return len({k * dilation % stride for k in range(kernel)}) == stride
+def _reaches_all(size: int, output: int, kernel: int, stride: int, padding: int, dilation: int) -> bool:
+    """Whether the kernels write every pixel along one axis: not those between the taps of a longer stride, nor those
+    behind the last output."""
+    phases = {k * dilation % stride for k in range(kernel)}
+    return len(phases) == stride and size + padding <= (output + (kernel - 1) * dilation // stride) * stride
 
 
 def run_gradients(
@@ -156,7 +160,10 @@ def run_gradients(
             lambda plan: weight_gradient(grad_weight, grad, input, plan, weight.layout, *rest),
         )  # fmt: skip
     if grad_input.numel():
-        if not all(_reaches_all(weight.shape[2 + i], geometry[i], geometry[4 + i]) for i in (0, 1)):
+        axes = zip(
+            input.shape[2:], grad.shape[2:], weight.shape[2:], geometry[:2], geometry[2:4], geometry[4:], strict=True
+        )
+        if not all(_reaches_all(*axis) for axis in axes):
             grad_input.zero_()
         weight.run(
             "input", grad_input, grad, geometry,

@@ -6,6 +6,7 @@
 #include "sparse_dots.h"
 #include "sparse_pack.h"
 #include "sparse_rows.h"
+#include "sparse_scatter.h"
 #include "topk_mask.h"
 #include "topk_n_of_m.h"
 

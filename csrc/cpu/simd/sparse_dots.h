@@ -9,7 +9,7 @@ using sparsekern::SparseRows;
 
 using DotVec = WideOf<float>::type;
 
-// Dot products in flight: their lanes are added up by one transposition per vector of them.
+// Dot products in flight: the lanes of a vector of them are added up together.
 constexpr int kDots = DotVec::kLanes < 4 ? 4 : DotVec::kLanes;
 
 template <int kTall, int kWide>
@@ -49,12 +49,10 @@ inline void sparse_dots_rows(const SparseRows& s, int64_t begin, int64_t end, co
       for (int64_t i = 0; i < kDots; i += DotVec::kLanes) {
         DotVec m[DotVec::kLanes];
         for (int j = 0; j < DotVec::kLanes; ++j) m[j] = sum[i + j];
-        transpose(m);
-        for (int j = 1; j < DotVec::kLanes; ++j) m[0] = m[0] + m[j];
         const int64_t n = left * kBlock - i < DotVec::kLanes ? left * kBlock - i : DotVec::kLanes;
         if (n <= 0) break;
         float* const to = sums + k * kBlock + i;
-        (DotVec::load(to, n) + m[0]).store(to, n);
+        (DotVec::load(to, n) + sum_lanes(m)).store(to, n);
       }
     }
   }

@@ -93,6 +93,12 @@ inline void transpose(F32x8 (&m)[8]) {
     m[j + 4].v = _mm256_permute2f128_ps(b[j], b[j + 4], 0x31);
   }
 }
+// Lane i is the sum of the lanes of m[i].
+inline F32x8 sum_lanes(const F32x8 (&m)[8]) {
+  const __m256 low = _mm256_hadd_ps(_mm256_hadd_ps(m[0].v, m[1].v), _mm256_hadd_ps(m[2].v, m[3].v));
+  const __m256 high = _mm256_hadd_ps(_mm256_hadd_ps(m[4].v, m[5].v), _mm256_hadd_ps(m[6].v, m[7].v));
+  return {_mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31))};
+}
 inline F32x8 operator*(F32x8 a, F32x8 b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline F32x8 operator/(F32x8 a, F32x8 b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline F32x8 fma(F32x8 a, F32x8 b, F32x8 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }

@@ -93,6 +93,25 @@ inline void transpose(F32x16 (&m)[16]) {
     m[j + 12].v = _mm512_shuffle_f32x4(r, s, 0xdd);
   }
 }
+// Lane i is the sum of the lanes of m[i]: half of the shuffles of a transposition, and they share one port.
+inline F32x16 sum_lanes(const F32x16 (&m)[16]) {
+  __m512 a[8], b[4], c[2];
+  for (int i = 0; i < 8; ++i) {
+    const __m512 even = m[2 * i].v, odd = m[2 * i + 1].v;
+    a[i] = _mm512_add_ps(_mm512_unpacklo_ps(even, odd), _mm512_unpackhi_ps(even, odd));
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512d even = _mm512_castps_pd(a[2 * i]), odd = _mm512_castps_pd(a[2 * i + 1]);
+    b[i] =
+        _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(even, odd)), _mm512_castpd_ps(_mm512_unpackhi_pd(even, odd)));
+  }
+  // Each quarter of b[i] has a share of rows 4 * i to 4 * i + 3.
+  for (int i = 0; i < 2; ++i) {
+    const __m512 even = b[2 * i], odd = b[2 * i + 1];
+    c[i] = _mm512_add_ps(_mm512_shuffle_f32x4(even, odd, 0x88), _mm512_shuffle_f32x4(even, odd, 0xdd));
+  }
+  return {_mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88), _mm512_shuffle_f32x4(c[0], c[1], 0xdd))};
+}
 inline F32x16 operator*(F32x16 a, F32x16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline F32x16 operator/(F32x16 a, F32x16 b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }

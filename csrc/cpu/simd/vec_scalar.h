@@ -137,6 +137,10 @@ inline Lane<T> smaller(Lane<T> a, Lane<T> b) {
 // Of a kLanes by kLanes matrix, in registers.
 template <class T>
 inline void transpose(Lane<T> (&)[1]) {}
+template <class T>
+inline Lane<T> sum_lanes(const Lane<T> (&m)[1]) {
+  return m[0];
+}
 
 #ifndef SPARSEKERN_WIDE
 template <class T>

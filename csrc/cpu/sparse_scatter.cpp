@@ -1,0 +1,142 @@
+#include "sparse_scatter.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "dispatch.h"
+
+namespace sparsekern {
+namespace {
+
+// As many tasks as a few threads need.
+constexpr int64_t kTasks = 8;
+
+int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A tile is a range of positions: those of the packed input, of which output number n reads n to n + reach. It is
+// computed from all numbers that it needs, so neighbouring tiles do some work twice, but no tile waits for another.
+struct Tiles {
+  int64_t positions, per_span, count;
+  int64_t part;   // numbers per call of the kernel
+  int64_t width;  // floats between the channels of a tile
+  int64_t shares, channels;
+
+  Tiles(const Grid& grid, int64_t all_channels) {
+    SparseLimits limits;
+    kernels().sparse_limits(&limits);
+    part = limits.lanes * limits.tall;
+    const int64_t all = grid.length + grid.reach;
+    const int64_t room = 2 * kTileFloats / (all_channels * grid.planes()) - 2 * grid.reach;
+    // Without a reach nothing is done twice, and the smallest tile is the best one.
+    const int64_t most = grid.reach ? std::max({room, part, 4 * grid.reach}) : part;
+    per_span = ceil_divide(all, most);
+    positions = ceil_divide(ceil_divide(all, per_span), limits.lanes) * limits.lanes;
+    per_span = ceil_divide(all, positions);
+    count = per_span * grid.spans;
+    width = ceil_divide(positions + grid.reach, limits.lanes) * limits.lanes + ceil_divide(grid.reach, 16) * 16;
+    if (width / 16 % 2 == 0) width += 16;  // an odd number of cache lines spreads the channels over all sets
+    shares = std::clamp<int64_t>(std::min(ceil_divide(kTasks, count), all_channels / 16), 1, kMostShares);
+    channels = ceil_divide(all_channels, shares);
+  }
+};
+
+// One set of rows: the blocks whose channels are of one share. In a row those of one tap come one after another: a
+// block that read what the one before it has just written a pixel further would wait for that.
+int32_t* plan_share(const SparseForm& form, const Grid& grid, const Tiles& t, int64_t share, int32_t* plan) {
+  const SparseShape& shape = form.shape;
+  const int64_t down = int64_t(grid.rows.taps.size()), across = int64_t(grid.columns.taps.size());
+  const int64_t taps = down * across, rows = shape.block_rows(), of_group = rows / shape.groups;
+  int32_t* const pointers = plan + 2;
+  const auto channel_of = [&](int64_t row, int64_t k) {
+    return row / of_group * shape.channels + form.indices[k] / taps - share * t.channels;
+  };
+  const auto each = [&](int64_t row, auto body) {
+    for (int64_t k = form.pointers[row]; k < form.pointers[row + 1]; ++k) {
+      const int64_t channel = channel_of(row, k);
+      if (channel >= 0 && channel < t.channels) body(k, channel, form.indices[k] % taps);
+    }
+  };
+  int32_t blocks = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    pointers[row] = blocks;
+    each(row, [&](int64_t, int64_t, int64_t) { ++blocks; });
+  }
+  pointers[rows] = blocks;
+  plan[0] = static_cast<int32_t>(t.width);
+  plan[1] = blocks;
+  int32_t* const activations = pointers + rows + 1;
+  int32_t* const elements = activations + blocks;
+  std::vector<int32_t> next(taps + 1);
+  for (int64_t row = 0; row < rows; ++row) {
+    std::fill(next.begin(), next.end(), 0);
+    each(row, [&](int64_t, int64_t, int64_t tap) { ++next[tap + 1]; });
+    for (int64_t i = 0; i < taps; ++i) next[i + 1] += next[i];
+    each(row, [&](int64_t k, int64_t channel, int64_t tap) {
+      const Axis::Tap &v = grid.rows.taps[tap / across], &h = grid.columns.taps[tap % across];
+      const int64_t plane = v.plane * int64_t(grid.columns.planes.size()) + h.plane;
+      const int64_t at = pointers[row] + next[tap]++;
+      activations[at] = static_cast<int32_t>((plane * t.channels + channel) * t.width + v.shift * grid.pitch + h.shift);
+      elements[at] = static_cast<int32_t>(form.element(k, row, form.indices[k] / taps, tap / across, tap % across));
+    });
+  }
+  return elements + blocks;
+}
+
+void scatter_tile(const Grid& grid, const Tiles& t, int64_t tile, const Image<const float>& gradients,
+                  const SparseRows& rows, int64_t block_rows, int64_t channels, const Image<float>& result) {
+  thread_local Buffer<float> buffer, gradient_buffer;
+  thread_local std::vector<SparseRun> runs;
+  const int64_t span = tile / t.per_span, first = tile % t.per_span * t.positions;
+  const int64_t last = std::min(first + t.positions, grid.length + grid.reach);
+  const int64_t start = std::max<int64_t>(0, first - grid.reach), stop = std::min(last, grid.length);
+  const int64_t floats = grid.planes() * t.channels * t.width;
+  float* const packed = buffer.get(floats + t.part);
+  std::fill(packed, packed + floats, 0.0f);
+  for (int64_t n = start; n < stop; n += t.part) {
+    const int64_t count = std::min(t.part, stop - n);
+    grid.outputs(runs, span, n, count, gradients.strides);
+    const NumberedRows g = numbered_rows(runs, count, gradients, 0, block_rows * 4, t.part, gradient_buffer);
+    kernels().sparse_scatter(rows, 0, block_rows, g.data, g.width, count, packed + (n - start));
+  }
+  for (int64_t plane = 0; plane < grid.planes(); ++plane) {
+    grid.inputs(runs, span, first, last - first, plane, result.strides);
+    unpack_runs(packed + plane * t.channels * t.width + (first - start), t.width, t.positions, runs, channels,
+                grid.columns.stride, result);
+  }
+}
+
+}  // namespace
+
+bool plan_scattered(const SparseForm& form, const Grid& grid, int32_t* plan) {
+  if (!is_structure(form, int64_t(grid.rows.taps.size() * grid.columns.taps.size()))) return false;
+  const Tiles t(grid, form.shape.channels * form.shape.groups);
+  check_offsets(t.channels * grid.planes(), t.width);
+  for (int64_t share = 0; share < t.shares; ++share) plan = plan_share(form, grid, t, share, plan);
+  return true;
+}
+
+bool scattered_gradient(const Grid& grid, const Image<const float>& gradients, const SparseShape& w, PlanReader plan,
+                        const float* weight, const Image<float>& result) {
+  thread_local Buffer<float> buffers[kMostShares];
+  const int64_t channels = w.channels * w.groups;
+  const Tiles t(grid, channels);
+  std::vector<SparseRows> shares;
+  for (int64_t share = 0; share < t.shares; ++share) {
+    PlannedRows rows;
+    if (!plan.next(w.block_rows(), rows) || rows.width != t.width) return false;
+    const float* const values = gather_values(rows, w, weight, buffers[share]);
+    shares.push_back({rows.pointers, rows.activations, values, nullptr, t.width, w.tall, w.wide, true});
+  }
+  torch::stable::parallel_for(0, t.count * t.shares, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t from = i % t.shares * t.channels, count = std::min(t.channels, channels - from);
+      const Image<float> part{result.data + from * result.strides.channel, result.strides};
+      scatter_tile(grid, t, i / t.shares, gradients, shares[i % t.shares], w.block_rows(), count, part);
+    }
+  });
+  return true;
+}
+
+}  // namespace sparsekern
