@@ -21,8 +21,8 @@ struct F32x16 {
   }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store(BFloat16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded()); }
-  // To bfloat16. Not by vcvtneps2bf16: it takes denormals for zeros.
-  __m256i rounded() const {
+  // To bfloat16, not by vcvtneps2bf16: it takes denormals for zeros. noexcept: -O0 would make code for unwinding.
+  __m256i rounded() const noexcept {
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_maskz_srli_epi32(0xffff, bits, 16), _mm512_set1_epi32(1));
     const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
