@@ -1,7 +1,7 @@
 """Sparse convolutions of ResNet-50, forward and both gradients, against the best dense convolution.
 
     python -m benchmarks.bench_sparse_conv2d [--quick] [--threads N] [--batch N] [--passes P,P] [--compile]
-                                             [--minutes M] [--resume FILE]
+                                             [--minutes M] [--resume FILE] [--plot FILE]
 
 Candidate: `sk.ops.sparse_conv2d` in float32 with a structure of random groups and, column `layout`, an ordinary dense
 weight ("contiguous": what training does) or its kept values ("packed", forward only: what inference does); gradients
@@ -29,9 +29,10 @@ import torch
 from torch import Tensor
 
 import sparsekern as sk
-from benchmarks import harness
+from benchmarks import harness, roofline
 from benchmarks.networks import Conv, mobilenet_v1_pointwise, resnet50_convs
 from benchmarks.optimizer_step import random_mask
+from benchmarks.roofline import Work
 
 PASSES = ("forward", "input_grad", "weight_grad")
 PATTERNS = ("unstructured", "4x1", "1x4")
@@ -210,14 +211,30 @@ def collect(options: argparse.Namespace) -> Iterator[dict]:
             yield from totals(rows, counts, passes)
 
 
+def work(row: dict) -> tuple[Work, Work]:
+    """Two operations per kept weight and output pixel; images are moved once, and of the weight what is computed with.
+    Small images stay in the caches from call to call, so such layers may lie above memory's roof."""
+    known = {c.name: c for c in (*SMOKE, *resnet50_convs(), *mobilenet_v1_pointwise())}
+    conv, images = known[row["case"]], row["batch"]
+    weights, pixels = torch.Size(conv.weight_shape).numel(), images * conv.output_size**2
+    kept = weights * (1 - row["sparsity"])
+    moved = images * conv.inputs * conv.size**2 + conv.outputs * pixels
+    candidate, dense = (Work(2 * count * pixels, 4 * (moved + count)) for count in (kept, weights))
+    return candidate, dense
+
+
 def main(argv: list[str] | None = None) -> list[dict]:
-    parser = harness.parser(__doc__)
+    parser = roofline.add_option(harness.parser(__doc__))
     parser.add_argument("--batch", type=int, default=1, help="images (default: %(default)s)")
     parser.add_argument("--passes", default=",".join(PASSES), help="some of %(default)s")
     parser.add_argument("--minutes", type=float, help="start nothing new after this time")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="keep what is done in FILE, and go on from it")
     parser.add_argument("--compile", action="store_true", help="torch.compile among the baselines; slow to start")
-    return harness.run("sparse_conv2d", collect, parser.parse_args(argv))
+    options = parser.parse_args(argv)
+    rows = harness.run("sparse_conv2d", collect, options)
+    layers = [row for row in rows if not row["case"].endswith("/all")]
+    roofline.save(options, layers, work, f"sparse convolutions, batch {options.batch}")
+    return rows
 
 
 if __name__ == "__main__":

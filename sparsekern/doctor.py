@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import sparsekern as sk
-from sparsekern import _library, backends
+from sparsekern import _library, backends, layer_choices
 from sparsekern.nn import roofline
 
 VARIABLES = ("SPARSEKERN_BACKEND", "SPARSEKERN_CPU_ISA", "SPARSEKERN_CUDA")
@@ -41,21 +41,26 @@ LAYERS = {  # of a ResNet-50: outputs, inputs, kernel, size of image
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The doctor takes no arguments."""
+    parser.add_argument(
+        "--layers", nargs="?", const="float32", choices=("float32", "bfloat16"), metavar="DTYPE",
+        help="also measure sparse against dense layers of ResNet-50 on this CPU, as sk.nn.accelerate does (seconds); "
+        "float32 (default) or bfloat16",
+    )  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the report. 0 also when degraded: the report is the result."""
-    sys.stdout.write(report() + "\n")
+    sys.stdout.write(report(options.layers) + "\n")
     return 0
 
 
-def report() -> str:
-    """Versions, build decisions, machine, the backend of every operator, extras and degradations with their cure."""
+def report(layers: str | None = None) -> str:
+    """Versions, build decisions, machine, the backend of every operator, extras and degradations with their cure; with
+    the name of a dtype in `layers`, what `layer_choices` measures for it."""
     parts = {
         "versions": _versions(), "build": _build(), "machine": _machine(), "operators": _operators(),
-        f"layers on GPUs, {PREDICTED}": _predictions(),
-        "extras": _extras(), "environment": ((name, os.environ.get(name, "unset")) for name in VARIABLES),
+        f"layers on GPUs, {PREDICTED}": _predictions(), "layers": _layers(layers), "extras": _extras(),
+        "environment": ((name, os.environ.get(name, "unset")) for name in VARIABLES),
     }  # fmt: skip
     lines = []
     for title, rows in parts.items():
@@ -141,6 +146,14 @@ def _predictions() -> Iterator[tuple[str, str]]:
 
 def _backend(name: str, key: str) -> str:
     return BACKENDS[backends.chosen(name, key)]
+
+
+def _layers(dtype: str | None) -> Iterator[tuple[str, str]]:
+    if dtype is None:
+        yield "sparse or dense", "decided per layer by measurement: sparsekern doctor --layers shows it"
+        return
+    yield from layer_choices.rows(getattr(torch, dtype))
+    yield from zip(("to override", ""), layer_choices.OVERRIDE.splitlines(), strict=True)
 
 
 def _gpus_without_code() -> Iterator[str]:

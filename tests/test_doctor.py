@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import sparsekern as sk
-from sparsekern import _library, backends, cli, doctor
+from sparsekern import _library, backends, cli, doctor, layer_choices
 
 STEP_AND_DOCTOR = """
 import torch, sparsekern as sk
@@ -187,6 +187,29 @@ def test_sources_newer_than_the_build_are_told(monkeypatch):
     assert not any("older than the sources" in text for text in doctor.degradations())
     monkeypatch.setattr(_library, "build_info", lambda: {**built, "sources": "another"})
     assert any("older than the sources" in text for text in doctor.degradations())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layers_are_measured_on_demand(monkeypatch, capsys, dtype):
+    asked = []
+
+    def speeds(layer, structure, input):
+        density = structure.kept / layer.weight.numel()
+        training = torch.is_grad_enabled() and input.requires_grad
+        asked.append((input.dtype, training, structure.layout, round(density, 2)))
+        return sk.nn.Speeds(sparse=density, dense=0.07)
+
+    monkeypatch.setattr(layer_choices, "LAYERS", {"layer": (8, 40, 3, 1, 5)})
+    monkeypatch.setattr(sk.nn, "measured_speeds", speeds)
+    assert cli.main(["doctor"]) == 0 and not asked
+    assert "sparsekern doctor --layers" in row(capsys.readouterr().out, "sparse")
+    assert cli.main(["doctor", "--layers", *([dtype] if dtype != "float32" else [])]) == 0
+    report = capsys.readouterr().out
+    assert re.search("layer unstructured training +dense 100/70 +sparse 50/70 +sparse 20.1/70\n", report), report
+    assert "choose=lambda" in report and dtype in report
+    layouts = "4x1", "1x4", "unstructured"
+    densities, passes = (0.1, 0.05, 0.02), (False, True)
+    assert asked == [(getattr(torch, dtype), p, la, d) for la in layouts for d in densities for p in passes]
 
 
 def test_usage_error_names_the_commands(capsys):

@@ -131,7 +131,7 @@ def test_choice_is_asked_once_per_size_and_mask():
     for batch in (4, 4, 5, 64, 64):
         model(torch.randn(batch, 4, 8, 8))
     assert len(asked) == 8, "4 and 5 share a decision, 64 has its own"
-    assert [how for _, how in sk.nn.acceleration_report(model).layers][:3] == ["dense: is faster"] * 3
+    assert [how for _, how in sk.nn.acceleration_report(model).layers][:3] == ["dense: is as fast or faster"] * 3
     assert sk.nn.acceleration_report(model).sparse == 1
     masks.set("7.weight", masks.bool("7.weight").flip(0))
     model(torch.randn(4, 4, 8, 8))
@@ -167,7 +167,8 @@ def test_measured_choice_touches_nothing(monkeypatch, answer):
 
 @pytest.mark.parametrize(("sparse", "dense", "ran"), [
     (1e-3, 2e-3, "sparse unstructured, 1 ms against 2 ms dense"),
-    (2e-3, 1e-3, "dense: is faster, 2 ms against 1 ms dense"),
+    (2e-3, 1e-3, "dense: is as fast or faster, 2 ms against 1 ms dense"),
+    (0.95e-3, 1e-3, "dense: is as fast or faster, 0.95 ms against 1 ms dense"),
 ])  # fmt: skip
 def test_report_shows_the_speeds_that_decided(monkeypatch, sparse, dense, ran):
     monkeypatch.setattr(sk.nn.acceleration, "measured_speeds", lambda *_: sk.nn.Speeds(sparse, dense))
@@ -246,6 +247,22 @@ def test_shared_weights_and_a_second_call():
     model(torch.randn(2, 8))
     assert sk.nn.acceleration_report(model).share == 1.0
     assert type(sk.nn.restore(model)[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("disturbed, rounds", [(0, 3), (1, 3), (2, 4), (4, 6), (99, 9)])
+def test_times_that_do_not_repeat_are_taken_again(monkeypatch, disturbed, rounds):
+    count = iter(range(100))
+
+    def seconds(run, wanted):
+        i = next(count)
+        sparse = i % 2 == 1
+        return (1.0 if sparse else 1.5) + (i if sparse and i < 2 * disturbed else 0)
+
+    monkeypatch.setattr(sk.nn.timing, "_seconds", seconds)
+    structure = sk.ops.sparse_structure(torch.eye(4))
+    found = sk.nn.measured_speeds(nn.Linear(4, 4), structure, torch.ones(1, 4))
+    assert (found.sparse, found.dense) == (2.0 if disturbed == 99 else 1.0, 1.5)
+    assert next(count) == 2 * rounds
 
 
 def test_bad_input_is_named_and_changes_nothing():

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 import sparsekern as sk
-from benchmarks import bench_masked_adamw, bench_masked_sgd, bench_topk_mask, harness, optimizer_step, roofline
+from benchmarks import (
+    bench_masked_adamw,
+    bench_masked_sgd,
+    bench_sparse_conv2d,
+    bench_topk_mask,
+    harness,
+    optimizer_step,
+    roofline,
+)
 from benchmarks.roofline import Roof, Work
 
 ROWS = [
@@ -44,7 +52,7 @@ def test_roof_is_measured():
     assert 0 < roof.moves < 1e13 and 0 < roof.reads < 1e13 and 0 < roof.operations < 1e14
 
 
-@pytest.mark.parametrize("bench", [bench_masked_sgd, bench_masked_adamw, bench_topk_mask])
+@pytest.mark.parametrize("bench", [bench_masked_sgd, bench_masked_adamw, bench_topk_mask, bench_sparse_conv2d])
 def test_benchmarks_draw(bench, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(harness, "SAMPLE_MS", 0.0)
@@ -62,3 +70,12 @@ def test_work_counts_lines_with_live_weights():
     optimizer = sk.MaskedSGD([p, dense], masks={p: mask})
     found = optimizer_step.work(bench_masked_sgd.SGD, optimizer, {p: mask})
     assert found == Work(7 * (5 + 17), 20 * 16 * (3 + 2) + 20)
+
+
+def test_work_of_a_convolution():
+    # 8 to 16 channels, 3 x 3, stride 2, 9 x 9 to 5 x 5 pixels; a tenth of 1152 weights.
+    row = {"case": "resnet50/layer0.conv", "batch": 2, "sparsity": 0.9}
+    kept, dense = bench_sparse_conv2d.work(row)
+    assert (kept.operations, dense.operations) == pytest.approx((2 * 115.2 * 50, 2 * 1152 * 50))
+    moved = 2 * 8 * 81 + 16 * 50
+    assert (kept.bytes, dense.bytes) == pytest.approx((4 * (moved + 115.2), 4 * (moved + 1152)))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import sparsekern as sk
+from sparsekern.ops import sparse_kernels
 
 LAST = torch.channels_last
 PATTERNS = ["unstructured", "1x4", "4x1"]
@@ -215,3 +216,44 @@ def test_sixteen_bits_are_summed_in_float32_and_rounded_once(native, pattern, ca
     features = torch.randn(5, 8).to(dtype), torch.where(torch.eye(8, dtype=torch.bool), 2, 0).to(dtype)
     linear = sk.ops.sparse_linear(*features, sk.ops.sparse_structure(features[1]))
     assert linear.dtype == dtype and torch.equal(linear, 2 * features[0])
+
+
+@pytest.mark.parametrize("case", [CASES[i] for i in (0, 3, 5, 8, 9)])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_bfloat16_images_are_read_and_written_as_they_are(native, pattern, case, threads, monkeypatch):
+    if native == "emulated-cuda":
+        pytest.skip("CUDA runs 16-bit types as dense operators")
+    out, channels, groups, kernel, size, *geometry, batch = case
+    shape = (out, channels // groups, *kernel)
+    mask = block_mask(shape, pattern, 0.6)
+    s = sk.ops.sparse_structure(mask, pattern, groups=groups)
+    x, w, b = (torch.randn(n).bfloat16() for n in ((batch, channels, *size), shape, (out,)))
+    x[0, 0] *= 1e-38  # denormals are numbers
+    product, seen = sparse_kernels.product, []
+    spy = lambda result, input, weight, *rest: seen.append(input.dtype) or product(result, input, weight, *rest)  # noqa: E731
+    monkeypatch.setattr(sparse_kernels, "product", spy)
+    for form in (torch.contiguous_format, LAST):
+        image = x.to(memory_format=form)
+        want = sk.ops.sparse_conv2d(image.float(), w.float(), s, b.float(), *geometry, groups).bfloat16()
+        seen.clear()
+        for weight, count in [(torch.where(mask, w, torch.nan), 1), (s.pack(w), 3), (s.pack(w), 1)]:
+            threads(count)
+            found = sk.ops.sparse_conv2d(image, weight, s, b, *geometry, groups)
+            assert torch.equal(found, want) and found.is_contiguous(memory_format=form)
+        assert seen == [torch.bfloat16] * 3
+    tiny = torch.full((1, channels, *size), 2.0**-130).bfloat16()
+    kept = sk.ops.sparse_conv2d(tiny, torch.where(mask, 1, 0).bfloat16(), s, None, *geometry, groups)
+    assert kept.float().amax() >= 2.0**-130 or not mask.any()
+
+
+def test_bfloat16_with_an_epilogue_rounds_each_step(native):
+    s = sk.ops.sparse_structure(torch.rand(8, 4, 1, 1) < 0.5)
+    x, w, b = (torch.randn(n).bfloat16() for n in ((2, 4, 5, 5), (8, 4, 1, 1), (8,)))
+    with torch.no_grad():
+        for _ in range(2):  # known calls too
+            plain = sk.ops.sparse_conv2d(x, w, s, b)
+            scaled = sk.ops.sparse_conv2d(x, w, s, b, scale=b, residual=plain, activation="relu")
+            steps = sk.ops.sparse_conv2d(x, w, s) * b.reshape(-1, 1, 1) + b.reshape(-1, 1, 1)
+            assert torch.equal(scaled, (steps + plain).relu())
+            # The same shapes in float32 are another call.
+            assert sk.ops.sparse_conv2d(x.float(), w.float(), s, b.float()).dtype == torch.float32

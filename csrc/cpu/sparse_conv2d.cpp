@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "dispatch.h"
@@ -22,9 +23,14 @@ using torch::stable::Tensor;
 using ScalarType = torch::headeronly::ScalarType;
 using Ints = std::vector<int64_t>;
 
-void check_float(const Tensor& t, const char* name, int64_t dims) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_cpu() && t.dim() == dims, "sparsekern: ", name,
-                  " must be float32 on CPU with ", dims, " dims");
+void check_values(const Tensor& t, const char* name, int64_t dims, ScalarType type) {
+  STD_TORCH_CHECK(t.scalar_type() == type && t.is_cpu() && t.dim() == dims, "sparsekern: ", name, " must be ",
+                  type == ScalarType::Float ? "float32" : "bfloat16", " on CPU with ", dims, " dims");
+}
+
+// The product takes both types, for all operands alike; the gradients take float32.
+ScalarType type_of(const Tensor& input) {
+  return input.scalar_type() == ScalarType::BFloat16 ? ScalarType::BFloat16 : ScalarType::Float;
 }
 
 void check_ints(const Tensor& t) {
@@ -33,12 +39,13 @@ void check_ints(const Tensor& t) {
 }
 
 // The weight is dense, (out, in / groups, rows, columns) or (out, in), or packed: 1-d.
-SparseShape sparse_shape(const Tensor& weight, const Ints& shape, const std::string& layout, int64_t groups) {
+SparseShape sparse_shape(const Tensor& weight, const Ints& shape, const std::string& layout, int64_t groups,
+                         ScalarType type = ScalarType::Float) {
   const int32_t tall = layout == "4x1" ? 4 : 1, wide = layout == "1x4" ? 4 : 1;
   STD_TORCH_CHECK(shape.size() == 4 && groups > 0 && shape[0] % (groups * tall) == 0 && shape[1] % wide == 0,
                   "sparsekern: layout ", layout, " must divide the channels of a group");
   const bool packed = weight.dim() == 1;
-  check_float(weight, "weight", packed ? 1 : weight.dim());
+  check_values(weight, "weight", packed ? 1 : weight.dim(), type);
   STD_TORCH_CHECK(packed || weight.numel() == shape[0] * shape[1] * shape[2] * shape[3],
                   "sparsekern: weight must have its shape or be packed");
   const int64_t step = packed || tall * wide == 1 ? 1 : weight.stride(tall == 4 ? 0 : 1);
@@ -87,9 +94,9 @@ GradientAxis axis(const Tensor& input, const Tensor& result, int64_t dim, int64_
 
 // `geometry`: stride, padding and dilation, each vertical then horizontal.
 Geometry geometry_of(const Tensor& input, const Tensor& result, const Ints& shape, const Ints& geometry,
-                     const SparseShape& w) {
-  check_float(input, "input", 4);
-  check_float(result, "result", 4);
+                     const SparseShape& w, ScalarType type = ScalarType::Float) {
+  check_values(input, "input", 4, type);
+  check_values(result, "result", 4, type);
   STD_TORCH_CHECK(geometry.size() == 6, "sparsekern: geometry must have six entries");
   STD_TORCH_CHECK(input.size(1) == w.channels * w.groups && result.size(0) == input.size(0) &&
                       result.size(1) == w.outputs && result.numel() > 0,
@@ -103,13 +110,18 @@ PlanReader reader(const Tensor& plan) {
   return PlanReader(plan.const_data_ptr<int32_t>(), plan.numel());
 }
 
+Plan plan_of(const Grid& grid, const Tensor& input, const SparseShape& w) {
+  return Plan(grid, input.size(1), w.tall, strides_of(input), type_of(input) == ScalarType::Float);
+}
+
 // Fills `plan` for one pass; false if the structure is not one. `result` is the output of the convolution or its
 // gradient.
 bool sparse_plan_cpu(Tensor plan, std::string pass, Tensor input, Tensor result, Tensor weight,
                      std::vector<Tensor> structure, std::string layout, Ints shape, Ints geometry, int64_t groups) {
-  const SparseShape w = sparse_shape(weight, shape, layout, groups);
+  const ScalarType type = pass == "product" ? type_of(input) : ScalarType::Float;
+  const SparseShape w = sparse_shape(weight, shape, layout, groups, type);
   const SparseForm form = sparse_form(weight, structure, w);
-  const Geometry g = geometry_of(input, result, shape, geometry, w);
+  const Geometry g = geometry_of(input, result, shape, geometry, w, type);
   check_ints(plan);
   const bool transposed = pass == "input";
   const int64_t sets = transposed ? std::max(kMostShares, geometry[0] * geometry[1]) : 1;
@@ -119,13 +131,13 @@ bool sparse_plan_cpu(Tensor plan, std::string pass, Tensor input, Tensor result,
   if (pass == "input") return plan_input_gradient(form, g.rows, g.columns, strides_of(result), g.images, g.lanes, to);
   if (pass == "weight") return plan_weight_gradient(form, g.rows, g.columns, strides_of(input), g.images, to);
   const Grid grid = g.grid();
-  return plan_rows(form, grid, Plan(grid, input.size(1), w.tall, strides_of(input)).width, to);
+  return plan_rows(form, grid, plan_of(grid, input, w).width, to);
 }
 
 // A contiguous vector with an entry per output channel, or null.
 const float* per_output(const std::optional<Tensor>& t, const char* name, const SparseShape& w) {
   if (!t) return nullptr;
-  check_float(*t, name, 1);
+  check_values(*t, name, 1, ScalarType::Float);
   STD_TORCH_CHECK(t->is_contiguous() && t->numel() == w.outputs, "sparsekern: ", name, " must have ", w.outputs,
                   " contiguous entries");
   return t->const_data_ptr<float>();
@@ -133,29 +145,44 @@ const float* per_output(const std::optional<Tensor>& t, const char* name, const 
 
 const float* residual_of(const std::optional<Tensor>& t, const Tensor& result) {
   if (!t) return nullptr;
-  check_float(*t, "residual", 4);
+  check_values(*t, "residual", 4, ScalarType::Float);
   STD_TORCH_CHECK(t->sizes().equals(result.sizes()) && t->strides().equals(result.strides()),
                   "sparsekern: residual must lie as result does");
   return t->const_data_ptr<float>();
 }
 
+// T is the type of input, weight and result; `sparse` lacks its values.
+template <class T>
+void multiply_images(const Grid& grid, const Plan& tiles, const Tensor& input, const Tensor& weight, SparseRows sparse,
+                     const PlannedRows& rows, const SparseShape& w, Tensor& result, const float* residual) {
+  thread_local Buffer<float> buffer;
+  const T* const values = static_cast<const T*>(weight.const_data_ptr());
+  if constexpr (std::is_same_v<T, float>) sparse.values = values;
+  if (weight.dim() > 1 || !sparse.values) sparse.values = gather_values(rows, w, values, buffer);
+  const Image<const T> from{static_cast<const T*>(input.const_data_ptr()), strides_of(input)};
+  const Image<T> to{static_cast<T*>(result.mutable_data_ptr()), strides_of(result)};
+  multiply(grid, tiles, from, input.size(1), sparse, rows.rows, to, residual);
+}
+
 bool sparse_product_cpu(Tensor result, Tensor input, Tensor weight, Tensor plan, std::string layout,
                         std::optional<Tensor> bias, std::optional<Tensor> scale, std::optional<Tensor> residual,
                         double low, double high, Ints shape, Ints geometry, int64_t groups) {
-  thread_local Buffer<float> buffer;
-  const SparseShape w = sparse_shape(weight, shape, layout, groups);
-  const Geometry g = geometry_of(input, result, shape, geometry, w);
+  const ScalarType type = type_of(input);
+  const SparseShape w = sparse_shape(weight, shape, layout, groups, type);
+  const Geometry g = geometry_of(input, result, shape, geometry, w, type);
+  STD_TORCH_CHECK(type == ScalarType::Float || !residual, "sparsekern: residual must be none with bfloat16");
   const SparseEpilogue epilogue{per_output(scale, "scale", w), static_cast<float>(low), static_cast<float>(high)};
   const float *const added = per_output(bias, "bias", w), *const held = residual_of(residual, result);
   const Grid grid = g.grid();
-  const Plan tiles(grid, input.size(1), w.tall, strides_of(input));
+  const Plan tiles = plan_of(grid, input, w);
   PlannedRows rows;
   if (!reader(plan).next(w.block_rows(), rows) || rows.width != tiles.width) return false;
-  const float* values = weight.const_data_ptr<float>();
-  if (weight.dim() > 1) values = gather_values(rows, w, values, buffer);
-  multiply(grid, tiles, {input.const_data_ptr<float>(), strides_of(input)}, input.size(1),
-           {rows.pointers, rows.activations, values, added, 0, w.tall, w.wide, true, epilogue}, rows.rows,
-           {result.mutable_data_ptr<float>(), strides_of(result)}, held);
+  const SparseRows sparse{rows.pointers, rows.activations, nullptr, added, 0, w.tall, w.wide, true, epilogue};
+  if (type == ScalarType::Float) {
+    multiply_images<float>(grid, tiles, input, weight, sparse, rows, w, result, held);
+  } else {
+    multiply_images<BFloat16>(grid, tiles, input, weight, sparse, rows, w, result, nullptr);
+  }
   return true;
 }
 

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <bit>
 
 namespace sparsekern {
 namespace {
@@ -20,12 +21,14 @@ struct Parts {
   }
 };
 
-template <int kBlock>
-void gather_blocks(const int32_t* elements, int64_t begin, int64_t end, const float* weight, int64_t step,
-                   float* values) {
+float widened(float x) { return x; }
+float widened(BFloat16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+
+template <int kBlock, class T>
+void gather_blocks(const int32_t* elements, int64_t begin, int64_t end, const T* weight, int64_t step, float* values) {
   for (int64_t k = begin; k < end; ++k) {
-    const float* const from = weight + elements[k];
-    for (int i = 0; i < kBlock; ++i) values[k * kBlock + i] = from[i * step];
+    const T* const from = weight + elements[k];
+    for (int i = 0; i < kBlock; ++i) values[k * kBlock + i] = widened(from[i * step]);
   }
 }
 
@@ -131,15 +134,17 @@ int32_t* plan_transposed(const SparseForm& form, const Phase& v, const Phase& h,
   return parts.end;
 }
 
-const float* gather_values(const PlannedRows& rows, const SparseShape& shape, const float* weight,
-                           Buffer<float>& buffer) {
+template <class T>
+const float* gather_values(const PlannedRows& rows, const SparseShape& shape, const T* weight, Buffer<float>& buffer) {
   const int64_t block = shape.block();
   float* const values = buffer.get(rows.blocks * block);
-  const auto part = block == 4 ? gather_blocks<4> : gather_blocks<1>;
+  const auto part = block == 4 ? gather_blocks<4, T> : gather_blocks<1, T>;
   torch::stable::parallel_for(0, rows.blocks, kGatherGrain, [&](int64_t begin, int64_t end) {
     part(rows.elements, begin, end, weight, shape.step, values);
   });
   return values;
 }
+template const float* gather_values(const PlannedRows&, const SparseShape&, const float*, Buffer<float>&);
+template const float* gather_values(const PlannedRows&, const SparseShape&, const BFloat16*, Buffer<float>&);
 
 }  // namespace sparsekern

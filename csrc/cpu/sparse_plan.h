@@ -79,8 +79,8 @@ int32_t* plan_transposed(const SparseForm& form, const Phase& v, const Phase& h,
 
 bool is_structure(const SparseForm& form, int64_t taps);
 
-// The values of the rows, block after block.
-const float* gather_values(const PlannedRows& rows, const SparseShape& shape, const float* weight,
-                           Buffer<float>& buffer);
+// The values of the rows, block after block; of T = float or BFloat16.
+template <class T>
+const float* gather_values(const PlannedRows& rows, const SparseShape& shape, const T* weight, Buffer<float>& buffer);
 
 }  // namespace sparsekern

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "dispatch.h"
@@ -41,10 +42,11 @@ SparseLimits limits() {
 // Channels are neighbours and pixels are not.
 bool channels_last(const Strides& s) { return s.channel == 1 && s.column != 1; }
 
+template <class T>
 class Product {
  public:
-  Product(const Grid& grid, const Tiling& tiling, const Image<const float>& input, const SparseRows& rows,
-          int64_t rows_count, int64_t channels, const Image<float>& output, const float* residual)
+  Product(const Grid& grid, const Tiling& tiling, const Image<const T>& input, const SparseRows& rows,
+          int64_t rows_count, int64_t channels, const Image<T>& output, const float* residual)
       : grid_(grid),
         tiling_(tiling),
         input_(input),
@@ -70,7 +72,7 @@ class Product {
     const int64_t from = tile % tiling_.per_span * tiling_.tile, width = tiling_.width;
     for (int64_t plane = 0; plane < grid_.planes(); ++plane) {
       grid_.inputs(runs, tile / tiling_.per_span, from, tiling_.tile + grid_.reach, plane, s);
-      pack_runs({input_.data + begin * s.channel, s}, grid_.columns.stride, runs, end - begin,
+      pack_runs(Image<const T>{input_.data + begin * s.channel, s}, grid_.columns.stride, runs, end - begin,
                 packed + (plane * channels_ + begin) * width, width);
     }
   }
@@ -87,21 +89,27 @@ class Product {
       const int64_t count = std::min(tiling_.part, until - at);
       grid_.outputs(runs, tile / tiling_.per_span, at, count, output_.strides);
       if (runs.empty()) continue;
-      const bool direct = output_.strides.column == 1 && runs.size() == 1 && runs[0].count == count;
-      if (direct) {
-        const int64_t first = begin * rows_.tall * output_.strides.channel + runs[0].image;
-        const bool stream = streams_ && runs[0].image % kLineFloats == 0 && count % kLineFloats == 0;
-        const float* const data = packed + (at - from);
-        kernels().sparse_rows(rows_, begin, end,
-                              {data, count, output_.data + first, output_.strides.channel, stream,
-                               ahead(tile, at, data), every_, residual_.data ? residual_.data + first : nullptr});
-      } else {
-        through_scratch(runs, begin, end, packed + (at - from), count);
-      }
+      if (multiplied_direct(tile, at, count, runs, begin, end, packed + (at - from))) continue;
+      through_scratch(runs, begin, end, packed + (at - from), count);
     }
   }
 
  private:
+  // Straight into the image, where it is of floats and the numbers are neighbours there; else false.
+  bool multiplied_direct(int64_t tile, int64_t at, int64_t count, const std::vector<SparseRun>& runs, int64_t begin,
+                         int64_t end, const float* data) const {
+    if constexpr (std::is_same_v<T, float>) {
+      if (output_.strides.column != 1 || runs.size() != 1 || runs[0].count != count) return false;
+      const int64_t first = begin * rows_.tall * output_.strides.channel + runs[0].image;
+      const bool stream = streams_ && runs[0].image % kLineFloats == 0 && count % kLineFloats == 0;
+      kernels().sparse_rows(rows_, begin, end,
+                            {data, count, output_.data + first, output_.strides.channel, stream, ahead(tile, at, data),
+                             every_, residual_.data ? residual_.data + first : nullptr});
+      return true;
+    }
+    return false;
+  }
+
   // How far behind `data`, number `at` of a tile in the image itself, the next call reads.
   int64_t ahead(int64_t tile, int64_t at, const float* data) const {
     if (!fetches_) return 0;
@@ -120,25 +128,25 @@ class Product {
     for (int64_t row = begin; row < end; row += rows) {
       const int64_t last = std::min(row + rows, end), channels = (last - row) * rows_.tall;
       const int64_t first = row * rows_.tall * s.channel;
-      if (residual) pack_runs({residual_.data + first, s}, 1, runs, channels, residual, width);
+      if (residual) pack_runs(Image<const float>{residual_.data + first, s}, 1, runs, channels, residual, width);
       kernels().sparse_rows(rows_, row, last, {packed, count, scratch, width, false, 0, 1, residual});
-      unpack_runs(scratch, width, width, runs, channels, 1, {output_.data + first, s});
+      unpack_runs(scratch, width, width, runs, channels, 1, Image<T>{output_.data + first, s});
     }
   }
 
   const Grid& grid_;
   const Tiling& tiling_;
-  const Image<const float>& input_;
+  const Image<const T>& input_;
   const SparseRows& rows_;
   const int64_t channels_;
-  const Image<float>& output_;
+  const Image<T>& output_;
   const Image<const float> residual_;
   int64_t every_;
   bool fetches_, streams_;
 };
 
 // Tiles that need no packing.
-void run_places(const Product& product, int64_t tiles, const SparseRows& s, int64_t rows, int64_t threads) {
+void run_places(const Product<float>& product, int64_t tiles, const SparseRows& s, int64_t rows, int64_t threads) {
   const int64_t parts = threads > 1 ? ceil_divide(4 * threads, tiles) : 1;
   torch::stable::parallel_for(0, tiles * parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -150,7 +158,8 @@ void run_places(const Product& product, int64_t tiles, const SparseRows& s, int6
 }
 
 // Many tiles: a task packs one and multiplies it.
-void run_tiles(const Product& product, int64_t tiles, int64_t channels, int64_t rows) {
+template <class T>
+void run_tiles(const Product<T>& product, int64_t tiles, int64_t channels, int64_t rows) {
   torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
     thread_local Buffer<float> buffer;
     float* const packed = buffer.get(product.packed_floats());
@@ -162,7 +171,8 @@ void run_tiles(const Product& product, int64_t tiles, int64_t channels, int64_t 
 }
 
 // Few tiles for the threads: all are packed first, then output rows are shared out too.
-void run_parts(const Product& product, int64_t tiles, int64_t channels, const SparseRows& s, int64_t rows,
+template <class T>
+void run_parts(const Product<T>& product, int64_t tiles, int64_t channels, const SparseRows& s, int64_t rows,
                int64_t threads) {
   thread_local Buffer<float> buffer;
   float* const packed = buffer.get(tiles * product.packed_floats());
@@ -201,36 +211,79 @@ Tiling::Tiling(const Grid& grid, int64_t channels, int64_t lanes, int64_t most) 
   part = ceil_divide(tile / lanes, ceil_divide(tile / lanes, most)) * lanes;
 }
 
-void pack_runs(const Image<const float>& input, int64_t step, const std::vector<SparseRun>& runs, int64_t channels,
-               float* packed, int64_t width) {
-  thread_local std::vector<const float*> pixels;
+namespace {
+
+// The kernels for images of one type.
+struct PackFloat {
+  decltype(Kernels::sparse_pack) pack = kernels().sparse_pack;
+  decltype(Kernels::sparse_pack_last) pack_last = kernels().sparse_pack_last;
+  decltype(Kernels::sparse_unpack_last) unpack_last = kernels().sparse_unpack_last;
+};
+struct PackBFloat16 {
+  decltype(Kernels::sparse_pack_bf16) pack = kernels().sparse_pack_bf16;
+  decltype(Kernels::sparse_pack_last_bf16) pack_last = kernels().sparse_pack_last_bf16;
+  decltype(Kernels::sparse_unpack_last_bf16) unpack_last = kernels().sparse_unpack_last_bf16;
+};
+template <class T>
+using Pack = std::conditional_t<std::is_same_v<T, float>, PackFloat, PackBFloat16>;
+
+template <class T>
+void pack(const Image<const T>& input, int64_t step, const std::vector<SparseRun>& runs, int64_t channels,
+          float* packed, int64_t width) {
+  thread_local std::vector<const T*> pixels;
   const Strides& s = input.strides;
   if (!channels_last(s)) {
-    kernels().sparse_pack(input.data, s.channel, s.column * step, runs.data(), int64_t(runs.size()), channels, packed,
-                          width);
+    Pack<T>().pack(input.data, s.channel, s.column * step, runs.data(), int64_t(runs.size()), channels, packed, width);
     return;
   }
   pixels.assign(width, nullptr);
   for (const SparseRun& run : runs) {
     for (int64_t i = 0; i < run.count; ++i) pixels[run.packed + i] = input.data + run.image + i * s.column * step;
   }
-  kernels().sparse_pack_last(pixels.data(), width, channels, packed, width);
+  Pack<T>().pack_last(pixels.data(), width, channels, packed, width);
 }
 
-void unpack_runs(const float* packed, int64_t width, int64_t count, const std::vector<SparseRun>& runs,
-                 int64_t channels, int64_t step, const Image<float>& output, bool stream) {
-  thread_local std::vector<float*> pixels;
+template <class T>
+void unpack(const float* packed, int64_t width, int64_t count, const std::vector<SparseRun>& runs, int64_t channels,
+            int64_t step, const Image<T>& output, bool stream) {
+  thread_local std::vector<T*> pixels;
   const Strides& s = output.strides;
   if (!channels_last(s)) {
-    kernels().sparse_unpack(packed, width, runs.data(), int64_t(runs.size()), channels, output.data, s.channel,
-                            s.column * step, stream);
+    const int64_t count_runs = int64_t(runs.size()), pixel = s.column * step;
+    if constexpr (std::is_same_v<T, float>) {
+      kernels().sparse_unpack(packed, width, runs.data(), count_runs, channels, output.data, s.channel, pixel, stream);
+    } else {
+      kernels().sparse_unpack_bf16(packed, width, runs.data(), count_runs, channels, output.data, s.channel, pixel);
+    }
     return;
   }
   pixels.assign(count, nullptr);
   for (const SparseRun& run : runs) {
     for (int64_t i = 0; i < run.count; ++i) pixels[run.packed + i] = output.data + run.image + i * s.column * step;
   }
-  kernels().sparse_unpack_last(packed, width, pixels.data(), count, channels);
+  Pack<T>().unpack_last(packed, width, pixels.data(), count, channels);
+}
+
+}  // namespace
+
+void pack_runs(const Image<const float>& input, int64_t step, const std::vector<SparseRun>& runs, int64_t channels,
+               float* packed, int64_t width) {
+  pack(input, step, runs, channels, packed, width);
+}
+
+void pack_runs(const Image<const BFloat16>& input, int64_t step, const std::vector<SparseRun>& runs, int64_t channels,
+               float* packed, int64_t width) {
+  pack(input, step, runs, channels, packed, width);
+}
+
+void unpack_runs(const float* packed, int64_t width, int64_t count, const std::vector<SparseRun>& runs,
+                 int64_t channels, int64_t step, const Image<float>& output, bool stream) {
+  unpack(packed, width, count, runs, channels, step, output, stream);
+}
+
+void unpack_runs(const float* packed, int64_t width, int64_t count, const std::vector<SparseRun>& runs,
+                 int64_t channels, int64_t step, const Image<BFloat16>& output) {
+  unpack(packed, width, count, runs, channels, step, output, false);
 }
 
 NumberedRows numbered_rows(const std::vector<SparseRun>& runs, int64_t count, const Image<const float>& image,
@@ -257,23 +310,29 @@ Plan::Plan(const Tiling& tiling, int64_t rows, bool place, int64_t width)
   check_offsets(rows, this->width);
 }
 
-Plan::Plan(const Grid& grid, int64_t channels, int32_t tall, const Strides& input)
+Plan::Plan(const Grid& grid, int64_t channels, int32_t tall, const Strides& input, bool direct)
     : Plan(Tiling(grid, channels, limits().lanes, tall == 4 ? limits().tall : limits().flat), channels * grid.planes(),
-           in_place(grid, input), input.channel) {}
+           direct && in_place(grid, input), input.channel) {}
 
-void multiply(const Grid& grid, const Plan& plan, const Image<const float>& input, int64_t channels, SparseRows s,
-              int64_t rows, const Image<float>& output, const float* residual) {
+template <class T>
+void multiply(const Grid& grid, const Plan& plan, const Image<const T>& input, int64_t channels, SparseRows s,
+              int64_t rows, const Image<T>& output, const float* residual) {
   s.channel = plan.width;
   s.padded = !plan.place;
-  const Product product(grid, plan.tiling, input, s, rows, channels, output, residual);
+  const Product<T> product(grid, plan.tiling, input, s, rows, channels, output, residual);
   const int64_t threads = torch::stable::get_num_threads(), tiles = plan.tiling.count;
-  if (plan.place) {
-    run_places(product, tiles, s, rows, threads);
-  } else if (threads > 1 && tiles < 4 * threads) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (plan.place) return run_places(product, tiles, s, rows, threads);
+  }
+  if (threads > 1 && tiles < 4 * threads) {
     run_parts(product, tiles, channels, s, rows, threads);
   } else {
     run_tiles(product, tiles, channels, rows);
   }
 }
+template void multiply(const Grid&, const Plan&, const Image<const float>&, int64_t, SparseRows, int64_t,
+                       const Image<float>&, const float*);
+template void multiply(const Grid&, const Plan&, const Image<const BFloat16>&, int64_t, SparseRows, int64_t,
+                       const Image<BFloat16>&, const float*);
 
 }  // namespace sparsekern

@@ -30,7 +30,8 @@ struct Plan {
   Tiling tiling;
   bool place;
   int64_t width;
-  Plan(const Grid& grid, int64_t channels, int32_t tall, const Strides& input);
+  // `direct`: the image may be the tile; else each tile is packed, as images of bfloat16 must be.
+  Plan(const Grid& grid, int64_t channels, int32_t tall, const Strides& input, bool direct = true);
   Plan(const Tiling& tiling, int64_t rows, bool place, int64_t width);
 };
 
@@ -46,11 +47,15 @@ inline const float* place(const Tiling& t, const Image<const float>& image, int6
 // Packs `channels` rows of `width` floats; `step` pixels lie between the pixels of a run.
 void pack_runs(const Image<const float>& input, int64_t step, const std::vector<SparseRun>& runs, int64_t channels,
                float* packed, int64_t width);
+void pack_runs(const Image<const BFloat16>& input, int64_t step, const std::vector<SparseRun>& runs, int64_t channels,
+               float* packed, int64_t width);
 
 // The inverse: `count` numbers of each row of `width` floats go where the runs say, gaps between them nowhere;
 // `stream`: past the caches, as far as whole cache lines do.
 void unpack_runs(const float* packed, int64_t width, int64_t count, const std::vector<SparseRun>& runs,
                  int64_t channels, int64_t step, const Image<float>& output, bool stream = false);
+void unpack_runs(const float* packed, int64_t width, int64_t count, const std::vector<SparseRun>& runs,
+                 int64_t channels, int64_t step, const Image<BFloat16>& output);
 
 // Channels of an image in the order of the numbers of a grid, `width` floats apart.
 struct NumberedRows {
@@ -71,8 +76,9 @@ int64_t part_begin(const int32_t* pointers, int64_t rows, int64_t i, int64_t n);
 
 // output = rows * input + bias at every output pixel of the grid, and the epilogue; offsets are made for plan.width.
 // `residual` has output's strides, or is null. Sums run in the order of the blocks, so results depend neither on
-// threads nor on tiles.
-void multiply(const Grid& grid, const Plan& plan, const Image<const float>& input, int64_t channels, SparseRows s,
-              int64_t rows, const Image<float>& output, const float* residual = nullptr);
+// threads nor on tiles. T is float, or BFloat16, whose results are the sums in float, rounded once; it has no residual.
+template <class T>
+void multiply(const Grid& grid, const Plan& plan, const Image<const T>& input, int64_t channels, SparseRows s,
+              int64_t rows, const Image<T>& output, const float* residual = nullptr);
 
 }  // namespace sparsekern

@@ -53,7 +53,7 @@ class _Layer:
         decision = self._decide(module, input) if reason is None else False
         speeds = f", {decision}" if isinstance(decision, Speeds) else ""
         if reason is None and not decision:
-            reason = f"is faster{speeds}"
+            reason = f"is as fast or faster{speeds}"
         self.last = f"dense: {reason}" if reason else f"sparse {self.structure.layout}{speeds}"
         if not reason:
             fallbacks.forget(self.structure.tensors)

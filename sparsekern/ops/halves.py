@@ -14,13 +14,14 @@ from sparsekern import _library
 HALVES = (torch.bfloat16, torch.float16)
 
 
-def widened(serve: Callable[..., Any]) -> Callable[..., Any]:
-    """``serve`` for 16-bit operands too, where kernels are loaded; its results have the dtype of its first argument."""
+def widened(serve: Callable[..., Any], native: tuple[torch.dtype, ...] = ()) -> Callable[..., Any]:
+    """``serve`` for 16-bit operands too, where kernels are loaded; its results have the dtype of its first argument.
+    It takes the ``native`` ones as they are."""
 
     @functools.wraps(serve)
     def call(*args: Any) -> Any:
         dtype = args[0].dtype
-        if dtype not in HALVES or not _library.kernels_loaded:
+        if dtype not in HALVES or dtype in native or not _library.kernels_loaded:
             return serve(*args)
         found = serve(*(t.float() if isinstance(t, Tensor) and t.dtype == dtype else t for t in args))
         return found.to(dtype) if isinstance(found, Tensor) else tuple(t.to(dtype) for t in found)

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from sparsekern.ops import sparse_kernels
 from sparsekern.ops.epilogue import BOUNDS, Epilogue
-from sparsekern.ops.sparse_structure import SparseStructure, compiled_form
+from sparsekern.ops.sparse_structure import SparseStructure, compiled_product
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ def _exact(given: tuple[Any, ...]) -> bool:
     return True
 
 
-def _compiled(t: Tensor) -> bool:
-    return t.dtype is torch.float32 and t.is_cpu
+def _compiled(t: Tensor, dtype: torch.dtype = torch.float32) -> bool:
+    return t.dtype is dtype and t.is_cpu
 
 
 def _key(input: Tensor, weight: Tensor, given: tuple[Any, ...]) -> tuple[Any, ...]:
-    return input.shape, input.stride(), weight.shape, weight.stride(), given
+    return input.dtype, input.shape, input.stride(), weight.shape, weight.stride(), given
 
 
 def _after(epilogue: Epilogue, result: Tensor) -> tuple[Any, ...] | None:
@@ -86,19 +86,24 @@ def repeat(
         call = structure.calls[_key(input, weight, given)]
     except (AttributeError, KeyError, TypeError):  # not tensors, not known, a list
         return None
-    if not (_exact(given) and _unobserved(input, weight, bias) and _compiled(input) and _compiled(weight)):
+    dtype = input.dtype
+    if not (
+        _exact(given) and _unobserved(input, weight, bias) and _compiled(input, dtype) and _compiled(weight, dtype)
+    ):
         return None
-    if bias is not None and not (_compiled(bias) and bias.shape == structure.shape[:1] and bias.is_contiguous()):
+    if bias is not None and not (_compiled(bias, dtype) and bias.shape == structure.shape[:1] and bias.is_contiguous()):
         return None
     if call.versions != sparse_kernels.versions(structure.tensors):
         return None
     if call.last:
-        result = torch.empty(call.output, dtype=torch.float32, memory_format=torch.channels_last)
+        result = torch.empty(call.output, dtype=dtype, memory_format=torch.channels_last)
     else:
         result = input.new_empty(call.output)
+    # Each step of an epilogue rounds to the dtype, which kernels do for float32.
     after = sparse_kernels.PLAIN if epilogue is None else _after(epilogue, result)
-    if after is None:
+    if after is None or (epilogue is not None and dtype is not torch.float32):
         return None
+    bias = None if bias is None else bias.float()
     done = sparse_kernels.product(result, input, weight, call.plan, structure.layout, bias, *after, *call.rest)
     return result if done else None
 
@@ -113,7 +118,7 @@ def remember(
     result: Tensor,
 ) -> None:
     """Keep a call that passed all checks, if its like may skip them; operands must be dense as they are."""
-    if not (_exact(given) and type(structure) is SparseStructure and compiled_form(input, weight, bias)):
+    if not (_exact(given) and type(structure) is SparseStructure and compiled_product(input, weight, bias)):
         return
     if not _unobserved(input, weight, bias):
         return

@@ -37,6 +37,7 @@ from sparsekern.ops.sparse_structure import (
     check_dims,
     check_operands,
     compiled_form,
+    compiled_product,
     kept_values,
     selected,
     weight_shape,
@@ -162,8 +163,8 @@ def _cpu(
     groups: int,
     shape: Sequence[int] | None = None,
 ) -> Tensor:
-    """The CPU operator: compiled for float32, the reference for the rest and where nothing is compiled."""
-    if not compiled_form(input, weight, bias):
+    """The CPU operator: compiled for float32 and bfloat16, the reference for the rest and where nothing is compiled."""
+    if not compiled_product(input, weight, bias):
         return reference(input, weight, structure, layout, bias, stride, padding, dilation, groups, shape)
     result = fake(input, weight, structure, layout, bias, stride, padding, dilation, groups, shape)
     sparse = sparse_kernels.Weight(without_gaps(weight), structure, layout, weight_shape(weight, shape, 4), groups)
@@ -199,7 +200,7 @@ def _backward_cpu(
 
 _op = _library.define(SCHEMA, reference, fake)
 _backward_op = _library.define(BACKWARD_SCHEMA, backward_reference, backward_fake)
-_library.define_cpu("sparse_conv2d", sparse_kernels.product, widened(_cpu))
+_library.define_cpu("sparse_conv2d", sparse_kernels.product, widened(_cpu, native=(torch.bfloat16,)))
 _library.define_cpu("sparse_conv2d_backward", sparse_kernels.input_gradient, widened(_backward_cpu))
 differentiate("sparse_conv2d", _backward_op)
 

@@ -104,7 +104,7 @@ class Weight:
 
     def _key(self, kind: str, input: Tensor, result: Tensor, geometry: tuple[int, ...]) -> tuple[Any, ...]:
         strides = input.stride(), result.stride(), self.values.stride()
-        return kind, input.shape, strides, self.layout, self.shape, geometry, self.groups
+        return kind, input.dtype, input.shape, strides, self.layout, self.shape, geometry, self.groups
 
     def _new_plan(self, kind: str, input: Tensor, result: Tensor, geometry: tuple[int, ...]) -> Tensor:
         check_form(self.structure, self.layout, self.shape, self.groups)
@@ -126,8 +126,8 @@ class Weight:
 
 
 def run_product(weight: Weight, input: Tensor, result: Tensor, bias: Tensor | None, geometry: tuple[int, ...]) -> None:
-    """Fill ``result``."""
-    added = None if bias is None else bias.contiguous()
+    """Fill ``result``; operands of bfloat16 are summed in float32, and the sums rounded once."""
+    added = None if bias is None else bias.float().contiguous()
     rest = weight.shape, geometry, weight.groups
     weight.run(
         "product", input, result, geometry,

@@ -310,8 +310,14 @@ def check_dims(
         raise ValueError(f"needs has {len(needs)} entries: expected 3, for input, weight and bias")
 
 
-def compiled_form(*operands: Tensor | None) -> bool:
-    """Whether the kernels take these operands: all on CPU, float32 and with elements."""
+def compiled_form(*operands: Tensor | None, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether the kernels take these operands: all on CPU, of ``dtype`` and with elements."""
     return _library.kernels_loaded and all(
-        t is None or (t.dtype == torch.float32 and t.device.type == "cpu" and t.numel() > 0) for t in operands
+        t is None or (t.dtype == dtype and t.device.type == "cpu" and t.numel() > 0) for t in operands
     )
+
+
+def compiled_product(input: Tensor, *others: Tensor | None) -> bool:
+    """Whether the kernels of the forward pass do: those also take bfloat16, if all operands are."""
+    dtype = torch.bfloat16 if input.dtype == torch.bfloat16 else torch.float32
+    return compiled_form(input, *others, dtype=dtype)

@@ -4,6 +4,11 @@
 
 namespace sparsekern {
 
+// Bits of a bfloat16.
+struct BFloat16 {
+  uint16_t bits;
+};
+
 enum class Dtype : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
 // One parameter of masked_sgd_. `mask` is null for a dense parameter, `momentum` is null when mu is 0. `known_zero`:

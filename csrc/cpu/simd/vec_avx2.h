@@ -46,13 +46,25 @@ struct F32x8 {
   // The first n lanes, 0 <= n <= 8; the others are 0, or not stored.
   static F32x8 load(const float* p, int64_t n) { return {_mm256_maskload_ps(p, first(n))}; }
   void store(float* p, int64_t n) const { _mm256_maskstore_ps(p, first(n), v); }
+  static F32x8 load(const BFloat16* p, int64_t n) {
+    BFloat16 lanes[8] = {};
+    for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+    return load(lanes);
+  }
+  void store(BFloat16* p, int64_t n) const {
+    BFloat16 lanes[8];
+    store(lanes);
+    for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+  }
   // p[0], p[2], ..., p[14]; p[15] is not read.
-  static F32x8 load_even(const float* p) {
-    const __m256 pairs = _mm256_shuffle_ps(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 7), 0xd8);
+  template <class T>
+  static F32x8 load_even(const T* p) {
+    const __m256 pairs = _mm256_shuffle_ps(load(p).v, load(p + 7).v, 0xd8);
     return {_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(pairs), 0xd8))};
   }
   // The first n of them, 0 < n <= 8; nothing behind the last is read.
-  static F32x8 load_even(const float* p, int64_t n) {
+  template <class T>
+  static F32x8 load_even(const T* p, int64_t n) {
     const int64_t read = 2 * n - 1;
     const F32x8 low = load(p, read < 8 ? read : 8), high = load(p + 8, read < 8 ? 0 : read - 8);
     const __m256 pairs = _mm256_shuffle_ps(low.v, high.v, 0x88);

@@ -7,6 +7,17 @@
 
 namespace {
 
+// To bfloat16, not by vcvtneps2bf16: it takes denormals for zeros. Ahead of what calls it, or -O0 makes weak symbols
+// for unwinding.
+inline __m256i rounded(__m512 v) {
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_maskz_srli_epi32(0xffff, bits, 16), _mm512_set1_epi32(1));
+  const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  const __m512i quiet = _mm512_mask_mov_epi32(sum, nan, _mm512_set1_epi32(0x7fc00000));
+  return _mm512_maskz_cvtepi32_epi16(0xffff, _mm512_maskz_srli_epi32(0xffff, quiet, 16));
+}
+
 struct F32x16 {
   static constexpr int kLanes = 16;
   __m512 v;
@@ -20,15 +31,7 @@ struct F32x16 {
     return {_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
   }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
-  void store(BFloat16* p) const {
-    const __m512i bits = _mm512_castps_si512(v);
-    const __m512i odd = _mm512_and_si512(_mm512_maskz_srli_epi32(0xffff, bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    const __m512i quiet = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                        _mm512_maskz_cvtepi32_epi16(0xffff, _mm512_maskz_srli_epi32(0xffff, quiet, 16)));
-  }
+  void store(BFloat16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded(v)); }
   void store(Float16* p) const {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT));
   }
@@ -42,13 +45,20 @@ struct F32x16 {
   // The first n lanes, 0 <= n <= 16; the others are 0, or not stored.
   static F32x16 load(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
   void store(float* p, int64_t n) const { _mm512_mask_storeu_ps(p, first(n), v); }
+  static F32x16 load(const BFloat16* p, int64_t n) {
+    const __m512i wide = _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_maskz_loadu_epi16(first(n), p));
+    return {_mm512_castsi512_ps(_mm512_maskz_slli_epi32(0xffff, wide, 16))};
+  }
+  void store(BFloat16* p, int64_t n) const { _mm256_mask_storeu_epi16(p, first(n), rounded(v)); }
   // p[0], p[2], ..., p[30]; p[31] is not read.
-  static F32x16 load_even(const float* p) {
+  template <class T>
+  static F32x16 load_even(const T* p) {
     const __m512i pick = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 17, 19, 21, 23, 25, 27, 29, 31);
-    return {_mm512_permutex2var_ps(_mm512_loadu_ps(p), pick, _mm512_loadu_ps(p + 15))};
+    return {_mm512_permutex2var_ps(load(p).v, pick, load(p + 15).v)};
   }
   // The first n of them, 0 < n <= 16; nothing behind the last is read.
-  static F32x16 load_even(const float* p, int64_t n) {
+  template <class T>
+  static F32x16 load_even(const T* p, int64_t n) {
     const int64_t read = 2 * n - 1;
     const __m512i pick = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     const F32x16 low = load(p, read < 16 ? read : 16), high = load(p + 16, read < 16 ? 0 : read - 16);

@@ -3,11 +3,12 @@
 #pragma once
 #include <stdint.h>
 
+#include "kernels.h"
+
 namespace {
 
-struct BFloat16 {
-  uint16_t bits;
-};
+using sparsekern::BFloat16;
+
 struct Float16 {
   uint16_t bits;
 };
@@ -96,13 +97,19 @@ struct Lane {
   Lane negate() const { return {-value}; }
   static Lane splat(T x) { return {x}; }
   // The first n lanes, 0 <= n <= 1; the other is 0, or not stored.
-  static Lane load(const T* p, int64_t n) { return {n ? *p : T(0)}; }
-  void store(T* p, int64_t n) const {
-    if (n) *p = value;
+  template <class S>
+  static Lane load(const S* p, int64_t n) {
+    return n ? load(p) : Lane{T(0)};
+  }
+  template <class S>
+  void store(S* p, int64_t n) const {
+    if (n) store(p);
   }
   void store_even(T* p, int64_t n) const { store(p, n); }
-  static Lane load_even(const T* p) { return {*p}; }
-  static Lane load_even(const T* p, int64_t) { return {*p}; }
+  template <class S>
+  static Lane load_even(const S* p, int64_t = 1) {
+    return load(p);
+  }
 };
 template <class T>
 inline Lane<T> operator*(Lane<T> a, Lane<T> b) {
