@@ -124,14 +124,17 @@ def test_what_the_kernels_do_not_take_is_dense_and_said_once(reason, change):
     torch.testing.assert_close(found[1], torch.nn.functional.conv2d(x, w, None, 1, 1, dilation, groups))
 
 
+DOUBLE = "dense: torch.float64: the sparse kernels are float32, and forward with pattern 4x1 float16 and bfloat16"
+
+
 @pytest.mark.parametrize(
     ("module", "size", "said"),
     [
-        (torch.nn.Conv2d(4, 8, 3, dtype=torch.float64), (9, 9), "dense: torch.float64: the sparse kernels are float32"),
+        (torch.nn.Conv2d(4, 8, 3, dtype=torch.float64), (9, 9), DOUBLE),
         (torch.nn.Conv2d(8, 8, 3, groups=2), (9, 9), "dense: groups=2: the sparse kernels are for one group"),
         (torch.nn.Conv2d(4, 8, 3, dilation=40), (90, 90), "dense: the window of the convolution is too large"),
         (torch.nn.Conv2d(4, 8, 3, dilation=8), (30, 30), "sparse 4x1, backward dense: the window of the convolution"),
-        (torch.nn.Linear(9, 8, dtype=torch.float64), (9,), "dense: torch.float64: the sparse kernels are float32"),
+        (torch.nn.Linear(9, 8, dtype=torch.float64), (9,), DOUBLE),
         (torch.nn.Conv2d(4, 8, 3), (9, 9), "sparse 4x1"),
     ],
 )
