@@ -20,13 +20,40 @@ HEAD = ("method", "sparsity asked", "epochs", "accuracy", "loss", "entropy", "sp
 
 @dataclass(frozen=True)
 class Outcome:
-    """One run: what result.json holds, or None and the reason; `sparsity` None where it means nothing to the method."""
+    """One run: what result.json holds, or None and the reason; `sparsity` None where it means nothing to the method.
+
+    `targets` are the sparsities that it may end with, none if any will do; `shifted` says why its method may miss them.
+    """
 
     method: str
     sparsity: float | None
     epochs: int
     result: dict[str, Any] | None
     reason: str = ""
+    targets: tuple[float, ...] = ()
+    shifted: str = ""
+
+
+TOLERANCE = 0.05
+"""How many of the live weights asked for a run may have too many or too few without a remark.
+
+Capacity and FLOPs go with the live weights, so it is a share of them. Where half of them cost a network a point of
+accuracy or two, this share costs a tenth, which is less than seeds differ by; and rounding each layer to whole weights
+or blocks stays far below it.
+"""
+
+
+def missed(outcome: Outcome) -> str:
+    """The remark on a run that ended with another sparsity than asked for; empty if it did not."""
+    if outcome.result is None or not outcome.targets:
+        return ""
+    found = outcome.result["sparse"]["sparsity"]
+    target = min(outcome.targets, key=lambda each: abs(each - found))
+    live, asked = 1 - found, 1 - target
+    if abs(live - asked) <= TOLERANCE * asked:
+        return ""
+    ratio = f", {live / asked:.2f} times the live weights" if asked else ""
+    return f"misses sparsity {target:g}{ratio}{': ' if outcome.shifted else ''}{outcome.shifted}"
 
 
 Key = tuple[str, float | None, int]
@@ -45,7 +72,8 @@ def rows(outcomes: list[Outcome]) -> list[dict[str, Any]]:
     found = []
     for (method, sparsity, epochs), group in grouped(outcomes).items():
         results = [outcome.result for outcome in group if outcome.result is not None]
-        reasons = "; ".join(dict.fromkeys(" ".join(outcome.reason.split()) for outcome in group if outcome.reason))
+        remarks = [text for outcome in group for text in (outcome.reason, missed(outcome)) if text]
+        reasons = "; ".join(dict.fromkeys(" ".join(text.split()) for text in remarks))
         row = {"method": method, "sparsity asked": sparsity, "epochs": epochs, "runs": len(results), "note": reasons}
         if results:
             row |= {name: statistics.fmean(map(value, results)) for name, value in _VALUES.items()}
@@ -83,8 +111,8 @@ def to_csv(outcomes: list[Outcome]) -> str:
     return text.getvalue()
 
 
-def write(folder: Path, outcomes: list[Outcome], sparsities: list[float]) -> None:
-    """Print the table and write table.md, table.csv and a plot per sparsity."""
+def write(folder: Path, outcomes: list[Outcome], sparsities: list[float], own: list[str]) -> None:
+    """Print the table and write table.md, table.csv and a plot per sparsity; `own` are settings of one method alone."""
     machines = sorted({outcome.result["machine"].split(", load")[0] for outcome in outcomes if outcome.result})
     found = table(outcomes, "Methods under the same budget")
     note = (
@@ -92,6 +120,8 @@ def write(folder: Path, outcomes: list[Outcome], sparsities: list[float]) -> Non
         "FLOPs as shares of the dense network's and of its training. Seconds of training, evaluation included; "
         f"runs side by side disturb each other. {'; '.join(machines)}."
     )
+    if own:
+        note += f" Settings of one method alone: {', '.join(own)}."
     print(f"\n{found.text()}\n\n{note}")
     checkpoint.write_atomically(folder / "table.md", f"{found.markdown()}\n\n{note}\n".encode())
     checkpoint.write_atomically(folder / "table.csv", to_csv(outcomes).encode())
