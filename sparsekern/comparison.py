@@ -134,6 +134,12 @@ def write(folder: Path, outcomes: list[Outcome], sparsities: list[float], own: l
     print(f"\nFiles in {folder}: {', '.join(sorted(path.name for path in folder.iterdir() if path.is_file()))}")
 
 
+def mean_curve(group: list[Outcome]) -> list[float]:
+    """Accuracy at the end of each epoch, the mean over runs; empty without any."""
+    curves = [[row["accuracy"] for row in outcome.result["metrics"]] for outcome in group if outcome.result]
+    return [statistics.fmean(values) for values in zip(*curves, strict=True)]
+
+
 def plot(outcomes: list[Outcome], sparsity: float) -> bytes:
     """A PNG of accuracy over epochs, a line per method and length; ModuleNotFoundError without matplotlib."""
     from matplotlib import colormaps
@@ -144,13 +150,12 @@ def plot(outcomes: list[Outcome], sparsity: float) -> bytes:
     methods = list(dict.fromkeys(outcome.method for outcome in outcomes))
     lengths = sorted({outcome.epochs for outcome in outcomes})
     for (method, _, epochs), group in grouped(outcomes).items():
-        curves = [[row["accuracy"] for row in outcome.result["metrics"]] for outcome in group if outcome.result]
-        if curves:
+        curve = mean_curve(group)
+        if curve:
             index = methods.index(method)
             colour = "black" if method == "dense" else colormaps["tab20"](index % 20)
             axes.plot(
-                range(1, epochs + 1), [statistics.fmean(values) for values in zip(*curves, strict=True)], color=colour,
-                linewidth=1.4, marker="os^Dv"[index // 20 % 5], markersize=3,
+                range(1, epochs + 1), curve, color=colour, linewidth=1.4, marker="os^Dv"[index // 20 % 5], markersize=3,
                 linestyle=("-", "--", ":", "-.")[lengths.index(epochs) % 4],
                 label=method if len(lengths) == 1 else f"{method}, {epochs} epochs",
             )  # fmt: skip

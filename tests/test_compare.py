@@ -10,9 +10,10 @@ import sys
 import time
 
 import pytest
+import torch
 
 import sparsekern
-from sparsekern import cli, compare, comparison, method_settings, recipe
+from sparsekern import cli, compare, comparison, method_settings, recipe, training_run
 
 pytest.importorskip("sklearn")
 ARGUMENTS = ["--data", "digits", "--sparsity", "0.8", "--epochs", "1", "--name", "tiny",
@@ -146,6 +147,27 @@ def planned(*arguments):
     return {entry.folder: entry.settings for entry in compare.plan(parser.parse_args([*ARGUMENTS, *arguments]))}
 
 
+def test_runs_differ_in_what_is_compared_alone():
+    """One budget for all methods: the same initial weights, and the same batches in the same order."""
+    found = planned("--methods", "acdc,gmp,rigl,dense", "--seeds", "0", "3", "--lengths", "1", "2")
+    assert len(found) == 16
+    for folder, settings in found.items():
+        seed, epochs = (3 if folder.endswith("seed3") else 0), (2 if "-2epochs" in folder else 1)
+        changed = recipe.differences(settings, found["acdc-0.8-1epochs-seed0"])
+        kept = [line for line in changed if not line.startswith(("method.name:", "method.pattern:"))]
+        assert kept == [f"seed: {seed}, 0"] * (seed > 0) + [f"epochs: {epochs}, 1"] * (epochs > 1)
+    ours, theirs = (training_run.Run(found[f"{m}-0.8-2epochs-seed3"], verbose=False) for m in ("acdc", "gmp"))
+    assert ours.total_steps == theirs.total_steps == 46 and ours.data.labels.unique().numel() == 10
+    batches = []
+    for step in range(46):
+        ours.step = theirs.step = step
+        batches.append(ours.batch()[0])
+        assert torch.equal(batches[-1], theirs.batch()[0]) and ours.learning_rate() == theirs.learning_rate()
+    assert not torch.equal(batches[0], batches[23])
+    for name, value in ours.model.state_dict().items():
+        assert torch.equal(value, theirs.model.state_dict()[name])
+
+
 def test_a_setting_of_one_method_reaches_that_method_alone(tmp_path, monkeypatch, capsys):
     methods = ["--methods", "gmp,granet,step,one-shot,topkast,powerpropagation,acdc"]
     plain = planned(*methods)
@@ -223,6 +245,9 @@ def test_another_sparsity_than_asked_for_is_remarked(found, targets, remark):
 
 
 def test_plot():
+    two = [outcome("a", 0.5), outcome("a", 0.75), comparison.Outcome("a", 0.9, 2, None, "failed")]
+    assert comparison.mean_curve(two) == [0.1, 0.625]
+    assert comparison.mean_curve(two[2:]) == []
     pytest.importorskip("matplotlib")
     several = [outcome("a", 0.5), outcome("a", 0.6), outcome("dense", 0.7, sparsity=None)]
     assert comparison.plot(several, 0.9)[:8] == b"\x89PNG\r\n\x1a\n"
