@@ -192,6 +192,19 @@ def test_a_setting_of_one_method_reaches_that_method_alone(tmp_path, monkeypatch
     assert "another recipe (key: given now, stored): method.options.initial: 0.25, None" in capsys.readouterr().err
 
 
+def test_targets_are_those_that_a_method_may_end_with():
+    parser = argparse.ArgumentParser()
+    compare.add_arguments(parser)
+    methods = ["--methods", "dense,gmp,str,sr-ste,extended-gmp,acdc", "--method-set", "acdc.pattern=1:5"]
+    options = parser.parse_args([*ARGUMENTS[:2], "--sparsity", "0.8", *methods])
+    entries = {entry.method: entry for entry in compare.plan(options)}
+    found = {name: compare._targets(entry, [0.8, 0.9]) for name, entry in entries.items()}
+    assert found["dense"] == ((), "") and found["gmp"] == ((0.8,), "")
+    assert found["str"] == ((0.8, 0.9), "it finds its own")
+    assert found["sr-ste"] == found["acdc"] and found["acdc"][0] == (0.8,) and "end of a row" in found["acdc"][1]
+    assert found["extended-gmp"] == ((0.8,), "some layers have a sparsity of their own")
+
+
 @pytest.mark.parametrize("name", sparsekern.METHODS)
 def test_every_setting_of_a_method_is_an_argument_that_it_takes(name):
     """What is built with its own default stays what it is; so each key goes where it belongs."""

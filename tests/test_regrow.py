@@ -176,6 +176,19 @@ def test_random_masks_depend_on_the_seed_alone():
     assert a[2].masks.hash() == b[2].masks.hash()
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_random_masks_do_not_follow_weights_of_the_same_seed(seed):
+    """With one random stream for both, the masks would keep the positive weights, and such a network learns slowly."""
+    torch.manual_seed(seed * 1_000_003)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 100, bias=False), torch.nn.Linear(100, 100, bias=False))
+    positive = [p.detach() > 0 for p in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    sparsifier = sk.SET(0.5, UpdateSchedule(3, 9, 3, 12), distribution="uniform", seed=seed)
+    sparsifier.attach(model, optimizer, verbose=False)
+    for name, above in zip(sparsifier.masks, positive, strict=True):
+        assert abs(float(above[sparsifier.masks.bool(name)].float().mean()) - 0.5) < 0.04  # four deviations
+
+
 def test_set_grows_at_random_whatever_the_gradient():
     grown = []
     for seed in (1, 2):

@@ -19,6 +19,7 @@ from sparsekern.ops.topk_mask import group_count
 PATTERNS = ("unstructured", "4x1", "1x4", "block4")
 DISTRIBUTIONS = ("global", "uniform", "erk")
 PRESETS = ("first", "last", "depthwise")
+_STREAM = 0x6D61736B73  # "masks"
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,9 @@ class Allocation:
 
     def random(self, masks: MaskSet, seed: int, draw: int) -> dict[str, Tensor]:
         """Uniform random scores, equal within a block; the same on every device for one (`seed`, `draw`)."""
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + draw) % 2**63)
+        # Not the stream of torch.manual_seed(seed): that has made the weights of many a model, and by the same numbers
+        # "random" masks would keep its positive weights.
+        generator = torch.Generator().manual_seed((_STREAM + seed * 1_000_003 + draw) % 2**63)
         found = {}
         for name, shape in self.shapes.items():
             blocks = list(shape)
