@@ -105,6 +105,9 @@ class ST3(Ramped, EffectiveSparsifier):
         from_store = weight.detach()
         return straight_through(weight, soft_threshold(from_store, to_device(self.thresholds[name], weight)))
 
+    def masks_are_current(self) -> bool:
+        return False  # they follow from weights, which move in every step
+
     def _sync_masks(self) -> None:
         for name in self.masks:
             weight = self.masks.parameter(name).detach()
