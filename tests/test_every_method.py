@@ -6,7 +6,7 @@ import pytest
 import torch
 from every_method import CONSTANT, OPTIONS, STEPS, check_sparse, every_method, kinds, masks_of, ready, setup
 from method_helpers import check_equal
-from method_steps import assert_compiles_once, batch, iterate, network
+from method_steps import OPTIMIZERS, assert_compiles_once, batch, iterate, network
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -32,6 +32,27 @@ def test_pruned_is_zero_after_every_step_and_at_the_end(name, kind):
     assert all(not model.state_dict()[n][~mask].any() for n, mask in masks.items())
     nn.functional.cross_entropy(model(batch(0)[0]), batch(0)[1]).backward()
     optimizer.step()  # a plain one again
+
+
+OTHERS = {
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.9, weight_decay=1e-2),
+    "nadam": lambda p: torch.optim.NAdam(p, weight_decay=1e-2),
+    "adamax": lambda p: torch.optim.Adamax(p, weight_decay=1e-2),
+    "adagrad": lambda p: torch.optim.Adagrad(p, weight_decay=1e-2),
+    "asgd": lambda p: torch.optim.ASGD(p, weight_decay=1e-2),
+    "rprop": torch.optim.Rprop,
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("name", ["acdc", "rigl", "topkast", "str"])
+def test_other_optimizers_of_torch(name, kind, monkeypatch):
+    monkeypatch.setitem(OPTIMIZERS, kind, OTHERS[kind])
+    parts = setup(name, kind)
+    for i in range(STEPS):
+        iterate(*parts, i, i + 1)
+        check_sparse(*parts)
+    assert all(bool(p.isfinite().all()) for p in parts[0].parameters())
 
 
 def test_step_refuses_other_optimizers():

@@ -104,6 +104,19 @@ def test_step_switches_by_itself_between_its_bounds():
     assert switched_at(1e-20) == 10
 
 
+def test_step_finds_the_switch_by_the_mean_change_of_the_variance():
+    """At a constant gradient of 1 and beta2 = 1/2 the change is 2^-t, over two steps on average below 0.01 at t = 8."""
+    model = torch.nn.Linear(4, 2, bias=False)
+    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.5), eps=0.01)
+    sparsifier = sk.STEP(20, bounds=(0.1, 0.9)).attach(model, optimizer, verbose=False)
+    for _ in range(8):
+        assert sparsifier.phase == sk.Dense()
+        model.weight.grad = torch.ones(2, 4)
+        optimizer.step()
+        sparsifier.step()
+    assert sparsifier.phase == sk.Sparse(0.5)
+
+
 def test_step_resumes_at_any_step_when_it_finds_the_switch(monkeypatch):
     import method_helpers
 

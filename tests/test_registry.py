@@ -54,6 +54,20 @@ def test_patterns_are_taken_or_refused(name, pattern):
             assert all(bool((b.sum(1) == min(2, b.shape[1])).all()) for b in mask.split(4, 1))
 
 
+def test_names_that_share_a_class_differ_in_what_the_paper_says():
+    build = lambda name, **options: sk.build_method(name, 0.9, epochs=64, steps_per_epoch=10, **options)  # noqa: E731
+    assert build("gmp").allocation.layer_sparsity == {}
+    assert build("extended-gmp").allocation.layer_sparsity == {"first": 0.0, "last": 0.8}
+    assert [build(name).sigma for name in ("st3", "st3-sigma")] == [False, True]
+    assert [build(name).alpha for name in ("topkast", "powerpropagation-topkast")] == [1.0, 2.0]
+    assert build("topkast").backward_sparsity == 0.8
+    assert build("powerpropagation")._schedule.edges == (500,)  # 25/32 of 640 steps
+    assert build("granet").initial == 0.5 and build("obert").initial == 0.7
+    assert sk.build_method("obert", 0.6, epochs=64, steps_per_epoch=10).initial == 0.6
+    assert [len(build("acdc", rule=rule)._schedule.phase_list()) for rule in ("reference", "proportional")] == [8, 16]
+    assert build("step").total_steps == 640 and build("sr-ste").pattern == "1:10"
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
