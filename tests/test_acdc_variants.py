@@ -53,6 +53,15 @@ def test_dense_phases_keep_a_minimum_sparsity(kind, distribution):
     assert "dense phases keep 0.6 of the weights at zero" in sparsifier.timeline()
 
 
+def test_dense_phases_leave_layers_no_sparser_than_their_own_sparsity():
+    parts = setup(dense_sparsity=0.6, layer_sparsity={"first": 0.25, "last": 0.8})
+    for _ in range(2):  # in the first dense phase and in the one after the first sparse phase
+        masks = parts[2].masks
+        kept = [int(masks.bool(n).sum()) for n in masks]
+        assert kept == [sk.keep_count(216, 0.25), sk.keep_count(720, 0.6), sk.keep_count(960, 0.6)]
+        iterate(*parts, 0, 6)
+
+
 def test_sample_is_redrawn_by_seed_and_phase_and_survives_a_resume():
     masks = []
     for seed in (0, 0, 1):
@@ -94,8 +103,9 @@ def test_layers_of_their_own_sparsity_are_outside_the_distribution():
 
 def test_depthwise_regular_expression_and_order():
     model = torch.nn.Sequential(
-        torch.nn.Conv2d(1, 8, 3), torch.nn.Conv2d(8, 8, 3, groups=8), torch.nn.Conv2d(8, 8, 3), torch.nn.Conv2d(8, 2, 1)
-    )
+        torch.nn.Conv2d(1, 8, 3), torch.nn.Conv2d(8, 8, 3, groups=8), torch.nn.Conv2d(8, 8, 3, groups=4),
+        torch.nn.Conv2d(8, 2, 1),
+    )  # fmt: skip
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     own = {".": 0.5, "depthwise": 0.25, "^3": 1.0}
     sparsifier = sk.ACDC(0.9, SCHEDULE, layer_sparsity=own).attach(model, optimizer, verbose=False)
@@ -111,6 +121,8 @@ def test_bad_input_is_named():
         ({"layer_sparsity": {"first": 2}}, r"layer_sparsity\['first'\] must be"),
         ({"layer_sparsity": {"stem": 0.0}}, "layer_sparsity: 'stem' matches none"),
         ({"layer_sparsity": {"depthwise": 0.0}}, "layer_sparsity: 'depthwise' matches none"),
+        # The first layer of the model is not pruned here, and no other one takes its place.
+        ({"layer_sparsity": {"first": 0.0}, "exclude": ["^0"]}, "layer_sparsity: 'first' matches none"),
         ({"pattern": "2:4"}, "sparsity must be 0.5 or left out with pattern"),
         ({"pattern": "1:10", "first_sparsity": 0.8}, "first_sparsity, dense_sparsity: must be left out"),
         ({"pattern": "1:10", "dense_sparsity": 0.2}, "first_sparsity, dense_sparsity: must be left out"),

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from every_method import CONSTANT, OPTIONS, STEPS, check_sparse, every_method, kinds, masks_of, ready, setup
+from every_method import CONSTANT, KINDS, OPTIONS, STEPS, check_sparse, every_method, kinds, masks_of, ready, setup
 from method_helpers import check_equal
-from method_steps import OPTIMIZERS, assert_compiles_once, batch, iterate, network
+from method_steps import assert_compiles_once, batch, iterate, network
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -47,7 +47,7 @@ OTHERS = {
 @pytest.mark.parametrize("kind", OTHERS)
 @pytest.mark.parametrize("name", ["acdc", "rigl", "topkast", "str"])
 def test_other_optimizers_of_torch(name, kind, monkeypatch):
-    monkeypatch.setitem(OPTIMIZERS, kind, OTHERS[kind])
+    monkeypatch.setitem(KINDS, kind, OTHERS[kind])
     parts = setup(name, kind)
     for i in range(STEPS):
         iterate(*parts, i, i + 1)

@@ -88,6 +88,8 @@ def test_initial_sparsity_holds_from_the_first_step():
     _, _, sparsifier = setup(initial=0.5)
     assert sum(int(sparsifier.masks.bool(n).sum()) for n in sparsifier.masks) == 948
     assert sparsifier.at(4) == pytest.approx(0.9 - 0.4 * 0.75**3)
+    masks = setup(initial=0.5, layer_sparsity={"first": 0.0, "last": 0.25})[2].masks
+    assert [int(masks.bool(n).sum()) for n in masks] == [216, 360, 720]
 
 
 def test_bad_input_is_named():
