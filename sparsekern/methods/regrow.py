@@ -22,7 +22,7 @@ class Regrowing(IntervalSparsifier):
 
     The share dropped falls by a cosine from `drop_fraction` at step 0 to `last_fraction` at the end of updates. What
     an update drops may be grown again by it, and then keeps value and momentum; a weight that was not live before
-    starts from zero with zero momentum. Ties go to the lowest index. A layer without a gradient is left as it is.
+    starts from zero with zero momentum. Ties go to the lowest index (google-research/rigl adds noise). A layer without a gradient is left as it is.
     `seed` makes the random choices, equally on every device and rank. `pattern`, `distribution` ("erk" or "uniform")
     and `layer_sparsity` are described in `sparsekern.methods.allocation`.
     """
