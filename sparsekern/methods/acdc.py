@@ -1,10 +1,11 @@
 """AC/DC: training that alternates between dense and sparse phases (arXiv 2308.02060, section 3; IST-DASLab/ACDC).
 
-A sparse phase starts with the exact top-k magnitude mask of the present weights and holds it; a dense phase starts
-with every weight free, the pruned ones from exactly zero, and with momentum reset, since the buffers stem from another
+A sparse phase starts with the exact top-k magnitude mask of the present weights and holds it; a dense phase starts with
+every weight free, the pruned ones from exactly zero, and with momentum reset, since the buffers stem from another
 network. The reset comes before the first dense step, as in IST-DASLab/ACDC (neuralmagic/sparseml: after it); batch-norm
-statistics are not measured anew at an edge. AC/DC++ is the same at longer schedules. Section 3 has two variants: sparse phases whose sparsity rises to the
-target (`first_sparsity`), and dense phases that stay sparse at a lower level (`dense_sparsity`).
+statistics are not measured anew at an edge. AC/DC++ is the same at longer schedules. Section 3 has two variants: sparse
+phases whose sparsity rises to the target (`first_sparsity`), and dense phases that stay sparse at a lower level
+(`dense_sparsity`).
 """
 
 from __future__ import annotations
