@@ -84,7 +84,7 @@ def test_loss_scale_leaves_no_trace(name, kind):
     check_equal(masks_of(parts[2]), masks_of(plain[2]))
 
 
-@kinds("masked", "sgd", "masked-adamw")
+@kinds("masked", "sgd", "masked-adamw", "adamw-fused")
 def test_resume_with_a_change_waiting(name, kind):
     """Steps 1 and 2 overflow; the run is cut after the first of them, before and after `sparsifier.step()`."""
 
