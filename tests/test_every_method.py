@@ -116,6 +116,24 @@ def test_frozen_parameters(name):
     assert torch.equal(now[now != 0], stored[now != 0])
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every_method
+def test_layers_without_weights_or_without_gradients(name, dtype):
+    model = network()
+    unused = [nn.Linear(6, 0), nn.Linear(0, 6), nn.Linear(6, 6), nn.Conv1d(8, 8, 3), nn.Conv3d(8, 8, 2)]
+    model[5].unused = nn.ModuleList(unused)  # never called
+    model, optimizer, sparsifier = parts = setup(name, model=model.to(dtype))
+    for i in range(STEPS):
+        x, y = batch(i)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x.to(dtype)), y).backward()
+        optimizer.step()
+        sparsifier.step()
+        check_sparse(*parts)
+    assert len(sparsifier.masks) == 8 and all(bool(p.isfinite().all()) for p in sparsifier.finalize().parameters())
+
+
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 

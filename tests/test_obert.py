@@ -154,3 +154,5 @@ def test_bad_input_is_named():
     model = network()
     published.attach(model, OPTIMIZERS["sgd"](model.parameters()), verbose=False)
     assert list(published.schedule.steps()) == [20, 60, 100, 140, 180, 220, 260]
+    short = setup(lambda: sk.OBERT(0.9, sk.update_schedule(total_steps=3)))[2]
+    assert list(short.schedule.steps()) == [1, 2, 3]

@@ -74,6 +74,7 @@ def test_names_that_share_a_class_differ_in_what_the_paper_says():
         ({"name": "magic"}, "name must be one of"),
         ({"sparsity": 1.5}, "sparsity must be a number from 0"),
         ({"epochs": 0}, "epochs must be a finite number"),
+        ({"name": "powerpropagation", "epochs": 1, "steps_per_epoch": 1}, "must be at least 2 steps, one dense"),
         ({"steps_per_epoch": 0}, "steps_per_epoch must be a whole number of at least 1"),
         ({"name": "sr-ste", "sparsity": 1.0}, "sparsity must be below 1 for sr-ste"),
         ({"name": "sr-ste", "sparsity": 0.9, "pattern": "2:4"}, "sparsity must be 0.5 or left out"),

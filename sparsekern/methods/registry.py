@@ -94,6 +94,8 @@ def _topkast(sparsity: float, length: Length, **rest: Any) -> Sparsifier:
 def _powerpropagation(sparsity: float, length: Length, **rest: Any) -> Sparsifier:
     """Dense for 25/32 of the run, where gradual pruning ends too, then pruned by |theta| and held: our choice."""
     total = length.total_steps
+    if total < 2:
+        raise ValueError(f"epochs * steps_per_epoch must be at least 2 steps, one dense and one sparse, got {total}")
     edge = min(max(1, round(Fraction(25, 32) * total)), total - 1)
     spans = (PhaseSpan(0, edge, Dense()), PhaseSpan(edge, total, Sparse(sparsity)))
     return Powerpropagation(**{"schedule": PhaseSchedule(spans), **rest})
