@@ -176,6 +176,18 @@ def test_random_masks_depend_on_the_seed_alone():
     assert a[2].masks.hash() == b[2].masks.hash()
 
 
+@pytest.mark.parametrize("sparsity", [0.95, 0.98])
+def test_random_masks_overlap_as_independent_ones_do(sparsity):
+    sets = []
+    for seed in (0, 1):
+        layer = nn.Linear(1000, 1000, bias=False)
+        sparsifier = sk.SET(sparsity, UpdateSchedule(1, 1, 1, 2), seed=seed)
+        sparsifier.attach(layer, torch.optim.SGD(layer.parameters(), lr=0.1), verbose=False)
+        sets.append(sparsifier.masks)
+    density = 1 - sparsity
+    assert sets[0].overlap(sets[1]) == pytest.approx(density / (2 - density), rel=0.05)
+
+
 def test_set_grows_at_random_whatever_the_gradient():
     grown = []
     for seed in (1, 2):
