@@ -248,6 +248,9 @@ def test_plot():
     two = [outcome("a", 0.5), outcome("a", 0.75), comparison.Outcome("a", 0.9, 2, None, "failed")]
     assert comparison.mean_curve(two) == [0.1, 0.625]
     assert comparison.mean_curve(two[2:]) == []
+    assert comparison.label(two, [2]) == "a" and comparison.label(two, [2, 4]) == "a, 2 epochs"
+    astray = [outcome("b", 0.5, found=0.95, targets=(0.9,)), outcome("b", 0.5, found=0.9, targets=(0.9,))]
+    assert comparison.label(astray, [2]) == "b (sparsity 0.925)"
     pytest.importorskip("matplotlib")
     several = [outcome("a", 0.5), outcome("a", 0.6), outcome("dense", 0.7, sparsity=None)]
     assert comparison.plot(several, 0.9)[:8] == b"\x89PNG\r\n\x1a\n"
