@@ -5,7 +5,8 @@
 Every run is a `sparsekern train` run of the same recipe but for the method, its sparsity, the seed and the length: the
 same data in the same order, initial weights, optimizer, learning rates and number of steps. They train in processes
 of one thread each. The same command again goes on where it was stopped, keeps what is finished, and comes to the same
-table. All files are in runs/NAME: table.md, table.csv, accuracy-SPARSITY.png, and a folder for each run.
+table. `--method-set str.start=-6` is for one method alone. All files are in runs/NAME: table.md, table.csv,
+accuracy-SPARSITY.png, and a folder for each run.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import sparsekern as sk
-from sparsekern import checkpoint, comparison, recipe, train, training_run, workers
+from sparsekern import checkpoint, comparison, method_settings, recipe, train, training_run, workers
 from sparsekern.recipe import Recipe, RecipeError
 
 DATA = {"digits": "digits", "fashion-mnist": "fashion_mnist"}
@@ -56,7 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train-images", type=int, default=0, help="take so many of the data (default: all)")
     parser.add_argument("--jobs", type=int, default=_cores(), help="processes at a time (default: all cores)")
     parser.add_argument("--name", help="folder below runs/; default: compare-DATA")
-    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="other keys of all recipes")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="key=value", help="other keys of all recipes"
+    )
+    parser.add_argument(
+        "--method-set", nargs="+", action="extend", default=[], metavar="method.key=value",
+        help="for one method alone: an argument (str.start=-6) or its optimizer's (step.optimizer.name=adamw)",
+    )  # fmt: skip
 
 
 def _cores() -> int:
@@ -82,6 +89,7 @@ def compare(options: argparse.Namespace) -> int:
     for entry in entries:
         _check_folder(folder / entry.folder, entry.settings)
     refused = refusals(entries)
+    _check_own_settings(refused, options.method_set)
     accepted = [entry for entry in entries if entry not in refused]
     todo = {folder / e.folder: e.settings for e in accepted if not (folder / e.folder / "result.json").exists()}
     print(
@@ -98,9 +106,34 @@ def compare(options: argparse.Namespace) -> int:
         path = folder / entry.folder / "result.json"
         result = json.loads(path.read_text()) if entry not in refused and path.exists() else None
         reason = refused.get(entry) or failed.get(folder / entry.folder, "")
-        outcomes.append(comparison.Outcome(entry.method, entry.sparsity, entry.settings.epochs, result, reason))
-    comparison.write(folder, outcomes, options.sparsity)
+        outcomes.append(
+            comparison.Outcome(
+                entry.method, entry.sparsity, entry.settings.epochs, result, reason, *_targets(entry, options.sparsity)
+            )
+        )
+    comparison.write(folder, outcomes, options.sparsity, options.method_set)
     return 0
+
+
+def _check_own_settings(refused: dict[Entry, str], given: list[str]) -> None:
+    """Settings that somebody gave to one method must suit it; other refusals are rows of the table."""
+    for entry, reason in refused.items():
+        own = [text for text in given if text.startswith(f"{entry.method}.")]
+        if own:
+            raise RecipeError(f"--method-set: given {own}, which {entry.method} refuses: {reason}")
+
+
+def _targets(entry: Entry, sparsities: list[float]) -> tuple[tuple[float, ...], str]:
+    """The sparsities that a run may end with, and why its method may end elsewhere."""
+    method, chosen = sk.METHODS[entry.method], entry.settings.method
+    if not method.exact:
+        return tuple(sparsities), "it finds its own"
+    if not method.patterns:
+        return (), ""
+    if ":" in chosen.pattern or method.patterns == ("n:m",):
+        return (chosen.sparsity,), "n:m groups cut short by the end of a row keep as many weights as whole ones"
+    special = entry.method == "extended-gmp" or "layer_sparsity" in chosen.options
+    return (chosen.sparsity,), "some layers have a sparsity of their own" if special else ""
 
 
 def _folder(options: argparse.Namespace) -> Path:
@@ -122,6 +155,7 @@ def plan(options: argparse.Namespace) -> Iterator[Entry]:
                           ("--lengths", options.lengths)):  # fmt: skip
         if len(set(values)) != len(values):
             raise RecipeError(f"{label}: given {values}, allowed is each one once")
+    own = method_settings.overrides(options.method_set, methods)
     base = recipe.resolve(DATA[options.data], _overrides(options))
     for method in methods:
         found = sk.METHODS[method].exact and method not in ("dense", "fixed-mask")
@@ -129,7 +163,7 @@ def plan(options: argparse.Namespace) -> Iterator[Entry]:
             for length in options.lengths:
                 for seed in options.seeds:
                     chosen = options.sparsity[0] if sparsity is None else sparsity
-                    settings = _settings(base, method, chosen, base.epochs * length, seed)
+                    settings = _settings(base, method, chosen, base.epochs * length, seed, own.get(method, []))
                     yield Entry(method, sparsity, length, seed, settings)
 
 
@@ -140,14 +174,14 @@ def _overrides(options: argparse.Namespace) -> list[str]:
     return [*given, f'method.pattern="{options.pattern}"', "threads=1", "accelerate=off", "measure=false", *options.set]
 
 
-def _settings(base: Recipe, method: str, sparsity: float, epochs: float, seed: int) -> Recipe:
+def _settings(base: Recipe, method: str, sparsity: float, epochs: float, seed: int, own: list[str]) -> Recipe:
     if epochs != int(epochs) or epochs < 1:
         raise RecipeError(f"--lengths: {epochs:g} epochs given, allowed is a whole number of at least 1")
     # Methods that choose no masks take no pattern.
     pattern = base.method.pattern if sk.METHODS[method].patterns else "auto"
     changed = replace(base.method, name=method, sparsity=sparsity, pattern=pattern)
     settings = replace(base, method=changed, epochs=int(epochs), seed=seed)
-    return recipe.parse(recipe.to_toml(settings))  # checked anew
+    return recipe.override(settings, own)
 
 
 def _check_folder(folder: Path, settings: Recipe) -> None:

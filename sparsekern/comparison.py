@@ -20,13 +20,40 @@ HEAD = ("method", "sparsity asked", "epochs", "accuracy", "loss", "entropy", "sp
 
 @dataclass(frozen=True)
 class Outcome:
-    """One run: what result.json holds, or None and the reason; `sparsity` None where it means nothing to the method."""
+    """One run: what result.json holds, or None and the reason; `sparsity` None where it means nothing to the method.
+
+    `targets` are the sparsities that it may end with, none if any will do; `shifted` says why its method may miss them.
+    """
 
     method: str
     sparsity: float | None
     epochs: int
     result: dict[str, Any] | None
     reason: str = ""
+    targets: tuple[float, ...] = ()
+    shifted: str = ""
+
+
+TOLERANCE = 0.05
+"""How many of the live weights asked for a run may have too many or too few without a remark.
+
+Capacity and FLOPs go with the live weights, so it is a share of them. Where half of them cost a network a point of
+accuracy or two, this share costs a tenth, which is less than seeds differ by; and rounding each layer to whole weights
+or blocks stays far below it.
+"""
+
+
+def missed(outcome: Outcome) -> str:
+    """The remark on a run that ended with another sparsity than asked for; empty if it did not."""
+    if outcome.result is None or not outcome.targets:
+        return ""
+    found = outcome.result["sparse"]["sparsity"]
+    target = min(outcome.targets, key=lambda each: abs(each - found))
+    live, asked = 1 - found, 1 - target
+    if abs(live - asked) <= TOLERANCE * asked:
+        return ""
+    ratio = f", {live / asked:.2f} times the live weights" if asked else ""
+    return f"misses sparsity {target:g}{ratio}{': ' if outcome.shifted else ''}{outcome.shifted}"
 
 
 Key = tuple[str, float | None, int]
@@ -45,7 +72,8 @@ def rows(outcomes: list[Outcome]) -> list[dict[str, Any]]:
     found = []
     for (method, sparsity, epochs), group in grouped(outcomes).items():
         results = [outcome.result for outcome in group if outcome.result is not None]
-        reasons = "; ".join(dict.fromkeys(" ".join(outcome.reason.split()) for outcome in group if outcome.reason))
+        remarks = [text for outcome in group for text in (outcome.reason, missed(outcome)) if text]
+        reasons = "; ".join(dict.fromkeys(" ".join(text.split()) for text in remarks))
         row = {"method": method, "sparsity asked": sparsity, "epochs": epochs, "runs": len(results), "note": reasons}
         if results:
             row |= {name: statistics.fmean(map(value, results)) for name, value in _VALUES.items()}
@@ -83,8 +111,8 @@ def to_csv(outcomes: list[Outcome]) -> str:
     return text.getvalue()
 
 
-def write(folder: Path, outcomes: list[Outcome], sparsities: list[float]) -> None:
-    """Print the table and write table.md, table.csv and a plot per sparsity."""
+def write(folder: Path, outcomes: list[Outcome], sparsities: list[float], own: list[str]) -> None:
+    """Print the table and write table.md, table.csv and a plot per sparsity; `own` are settings of one method alone."""
     machines = sorted({outcome.result["machine"].split(", load")[0] for outcome in outcomes if outcome.result})
     found = table(outcomes, "Methods under the same budget")
     note = (
@@ -92,6 +120,8 @@ def write(folder: Path, outcomes: list[Outcome], sparsities: list[float]) -> Non
         "FLOPs as shares of the dense network's and of its training. Seconds of training, evaluation included; "
         f"runs side by side disturb each other. {'; '.join(machines)}."
     )
+    if own:
+        note += f" Settings of one method alone: {', '.join(own)}."
     print(f"\n{found.text()}\n\n{note}")
     checkpoint.write_atomically(folder / "table.md", f"{found.markdown()}\n\n{note}\n".encode())
     checkpoint.write_atomically(folder / "table.csv", to_csv(outcomes).encode())
@@ -104,34 +134,74 @@ def write(folder: Path, outcomes: list[Outcome], sparsities: list[float]) -> Non
     print(f"\nFiles in {folder}: {', '.join(sorted(path.name for path in folder.iterdir() if path.is_file()))}")
 
 
+def mean_curve(group: list[Outcome]) -> list[float]:
+    """Accuracy at the end of each epoch, the mean over runs; empty without any."""
+    curves = [[row["accuracy"] for row in outcome.result["metrics"]] for outcome in group if outcome.result]
+    return [statistics.fmean(values) for values in zip(*curves, strict=True)]
+
+
+def label(group: list[Outcome], lengths: list[int]) -> str:
+    """What a plot calls the runs of a method: their length if there are several, and a sparsity that was missed."""
+    found = group[0].method if len(lengths) == 1 else f"{group[0].method}, {group[0].epochs} epochs"
+    if not any(map(missed, group)):
+        return found
+    sparsity = statistics.fmean(outcome.result["sparse"]["sparsity"] for outcome in group if outcome.result)
+    return f"{found} (sparsity {sparsity:.3g})"
+
+
 def plot(outcomes: list[Outcome], sparsity: float) -> bytes:
-    """A PNG of accuracy over epochs, a line per method and length; ModuleNotFoundError without matplotlib."""
+    """A PNG: accuracy over epochs, a line per method and length, and in order what they end with.
+
+    ModuleNotFoundError without matplotlib.
+    """
     from matplotlib import colormaps
     from matplotlib.figure import Figure  # not pyplot: no window system, no global state
 
-    figure = Figure(figsize=(9, 5.4), dpi=150, layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(11, 6), dpi=150, layout="constrained")
+    axes, ends = figure.subplots(1, 2, width_ratios=(3, 2))
     methods = list(dict.fromkeys(outcome.method for outcome in outcomes))
     lengths = sorted({outcome.epochs for outcome in outcomes})
+    found = []
     for (method, _, epochs), group in grouped(outcomes).items():
-        curves = [[row["accuracy"] for row in outcome.result["metrics"]] for outcome in group if outcome.result]
-        if curves:
+        if curve := mean_curve(group):
             index = methods.index(method)
+            # Neighbours in tab20 are shades of one colour; their markers differ.
             colour = "black" if method == "dense" else colormaps["tab20"](index % 20)
-            axes.plot(
-                range(1, epochs + 1), [statistics.fmean(values) for values in zip(*curves, strict=True)], color=colour,
-                linewidth=1.4, marker="os^Dv"[index // 20 % 5], markersize=3,
-                linestyle=("-", "--", ":", "-.")[lengths.index(epochs) % 4],
-                label=method if len(lengths) == 1 else f"{method}, {epochs} epochs",
-            )  # fmt: skip
+            style = {"color": colour, "marker": "os^DvPX"[index % 7], "markersize": 4}
+            line = ("-", "--", ":", "-.")[lengths.index(epochs) % 4]
+            axes.plot(range(1, epochs + 1), curve, linewidth=1.2, linestyle=line, **style)
+            # Not the end of the curve: what the last step changes comes after the metrics of the last epoch.
+            found.append(
+                (
+                    statistics.fmean(o.result["sparse"]["accuracy"] for o in group if o.result),
+                    label(group, lengths),
+                    style,
+                )
+            )
     axes.set_title(
         f"Validation accuracy at {sparsity:.4%} sparsity".replace("0000%", "%").replace(".%", "%"), loc="left"
     )
     axes.set_xlabel("epoch")
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    if axes.lines:
-        axes.legend(frameon=False, fontsize=8, bbox_to_anchor=(1.01, 1), loc="upper left")
+    ends.set_title("at the end", loc="left")
+    if found:
+        found.sort(key=lambda entry: entry[0])
+        worst, best = found[0][0], found[-1][0]
+        # Methods differ at the end by little; a fall to chance on the way must not hide it.
+        low = worst - max(2 * (best - worst), 0.05)
+        axes.set_ylim(max(0.0, low), max(y for each in axes.lines for y in each.get_ydata()) + 0.05 * (best - low))
+        _draw_ends(ends, found)
+    for each in (axes, ends):
+        each.grid(alpha=0.25, linewidth=0.6)
+        each.spines[["top", "right"]].set_visible(False)
     target = io.BytesIO()
     figure.savefig(target, format="png")
     return target.getvalue()
+
+
+def _draw_ends(axes: Any, found: list[tuple[float, str, dict[str, Any]]]) -> None:
+    """A marker for each accuracy, in rows that are called what the lines are."""
+    for row, (accuracy, _, style) in enumerate(found):
+        ends.plot(accuracy, row, **style | {"markersize": 6})
+        ends.annotate(f"{accuracy:.4f}", (accuracy, row), (7, 0), textcoords="offset points", va="center", size=8)
+    ends.set_yticks(range(len(found)), [name for _, name, _ in found], fontsize=8)
+    ends.margins(x=0.2)

@@ -120,6 +120,14 @@ def resolve(source: str, overrides: Sequence[str] = ()) -> Recipe:
     return from_dict(tables)
 
 
+def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """The recipe changed by `key=value` overrides, and checked anew."""
+    tables = _parse_tables(to_toml(recipe), "recipe")
+    for text in overrides:
+        _override(tables, text)
+    return from_dict(tables)
+
+
 def parse(text: str, source: str = "recipe") -> Recipe:
     """A recipe from TOML text; `source` is what errors call it."""
     return from_dict(_parse_tables(text, source))

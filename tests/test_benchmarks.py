@@ -2,7 +2,6 @@
 
 import argparse
 import csv
-import itertools
 import json
 import math
 
@@ -13,7 +12,6 @@ import sparsekern as sk
 from benchmarks import (
     bench_masked_adamw,
     bench_masked_sgd,
-    bench_methods,
     bench_sparse_conv2d,
     bench_topk_mask,
     bench_training,
@@ -58,28 +56,6 @@ def test_smoke_rows_have_the_schema(bench, tmp_path, capsys):
     assert {0.9, 0.95, 0.98} <= {row["sparsity"] for row in stored["rows"]}
     assert {"unstructured", "4x1", "1x4"} <= {row["pattern"] for row in stored["rows"]}
     assert len(capsys.readouterr().out.splitlines()) == len(stored["rows"]) + 3
-
-
-def test_method_rows_are_the_training_step_plus_what_the_method_adds(monkeypatch):
-    rows = bench_methods.main(["--smoke", "--threads", "1"])
-    assert [row["case"] for row in rows] == [
-        f"resnet50/{name}" for name in sk.METHODS if name not in ("lottery-ticket", "fixed-mask", "obert")
-    ]
-    for row in rows:
-        assert row["batch"] == 16 and row["median_ms"] >= row["baseline_ms"] and row["speedup"] <= 1
-    # What costs time once per interval is divided by it: 100 steps for RigL; AC/DC has 14 phases in 90 epochs.
-    assert bench_methods.interval("rigl") == 100 and bench_methods.interval("topkast") == 1
-    assert bench_methods.interval("acdc") == pytest.approx(90 / 13 * bench_methods.STEPS_PER_EPOCH)
-    assert bench_methods.interval("dense") == math.inf
-    # Steps of held masks and of the method in turn: 4 more where masks change, 3 more where they do not.
-    times = itertools.cycle([(1.0, False), (5.0, True), (1.0, False), (4.0, False)])
-    monkeypatch.setattr(bench_methods.Trained, "step", lambda self: next(times))
-    found = bench_methods.overhead("rigl", 12, [bench_methods.Conv("stem", 3, 8, 3, 1, 8)])
-    assert found.median_ms == pytest.approx(3 + 1 / 100)
-    monkeypatch.setattr(bench_methods, "SPARSITY", 0.3)
-    monkeypatch.setattr(sk, "build_method", lambda *args, **kwargs: sk.DenseTraining())
-    with pytest.raises(harness.WrongResult, match="rigl: sparsity 0.0000 at the end, asked for was 0.3"):
-        bench_methods.overhead("rigl", 4, [bench_methods.Conv("stem", 3, 8, 3, 1, 8)])
 
 
 def test_training_rows_say_where_a_step_spends_its_time(tmp_path):

@@ -1,6 +1,8 @@
 """Comparisons end to end, tiny: processes, the table, going on after a kill, bad input, refusals."""
 
+import argparse
 import csv
+import inspect
 import os
 import signal
 import subprocess
@@ -8,9 +10,10 @@ import sys
 import time
 
 import pytest
+import torch
 
 import sparsekern
-from sparsekern import cli, comparison
+from sparsekern import cli, compare, comparison, method_settings, recipe, training_run
 
 pytest.importorskip("sklearn")
 ARGUMENTS = ["--data", "digits", "--sparsity", "0.8", "--epochs", "1", "--name", "tiny",
@@ -108,6 +111,17 @@ def test_a_refusal_is_a_row_and_the_rest_goes_on(tmp_path, call):
         (["--pattern", "2x2"], "method.pattern: given '2x2'"),
         (["--train-images", "99999"], "data.train_images: given 99999, allowed is at most 1437"),
         (["--set", "model.size=3"], "model.size: unknown key"),
+        (["--method-set", "initial=0.5"], "--method-set: given 'initial=0.5', allowed is METHOD.KEY=VALUE"),
+        (["--method-set", "gmp.initial"], "--method-set: given 'gmp.initial', allowed is METHOD.KEY=VALUE"),
+        (["--method-set", "str.start=-6"], "given 'str.start=-6', allowed are the methods of this comparison: ['gmp']"),
+        (["--method-set", "gmp.start=-6"], "allowed for gmp are ['distribution', 'exclude', 'include', 'initial', "),
+        (["--method-set", "gmp.sparsity=0.5"], "given 'gmp.sparsity=0.5', allowed for gmp are"),
+        (["--method-set", "gmp.epochs=9"], "given 'gmp.epochs=9', allowed for gmp are"),
+        (["--method-set", "gmp.optimizer.name=rmsprop"], "optimizer.name: given 'rmsprop'"),
+        (
+            ["--method-set", "gmp.initial=0.95"],
+            "given ['gmp.initial=0.95'], which gmp refuses: method: initial must be",
+        ),
     ],
 )
 def test_bad_input_is_an_error_before_anything_starts(tmp_path, monkeypatch, capsys, arguments, message):
@@ -126,8 +140,70 @@ def test_runs_of_another_recipe_are_not_mixed_in(tmp_path, monkeypatch, capsys):
     assert "epochs: 1, 2" in shown and os.listdir(folder) == ["recipe.toml"]
 
 
-def outcome(method, accuracy, seconds=1.0, **changes):
-    scores = {"accuracy": accuracy, "loss": 0.5, "entropy": 0.25, "sparsity": 0.9}
+def planned(*arguments):
+    """The recipes of a comparison, by the folders of their runs."""
+    parser = argparse.ArgumentParser()
+    compare.add_arguments(parser)
+    return {entry.folder: entry.settings for entry in compare.plan(parser.parse_args([*ARGUMENTS, *arguments]))}
+
+
+def test_runs_differ_in_what_is_compared_alone():
+    """One budget for all methods: the same initial weights, and the same batches in the same order."""
+    found = planned("--methods", "acdc,gmp,rigl,dense", "--seeds", "0", "3", "--lengths", "1", "2")
+    assert len(found) == 16
+    for folder, settings in found.items():
+        seed, epochs = (3 if folder.endswith("seed3") else 0), (2 if "-2epochs" in folder else 1)
+        changed = recipe.differences(settings, found["acdc-0.8-1epochs-seed0"])
+        kept = [line for line in changed if not line.startswith(("method.name:", "method.pattern:"))]
+        assert kept == [f"seed: {seed}, 0"] * (seed > 0) + [f"epochs: {epochs}, 1"] * (epochs > 1)
+    ours, theirs = (training_run.Run(found[f"{m}-0.8-2epochs-seed3"], verbose=False) for m in ("acdc", "gmp"))
+    assert ours.total_steps == theirs.total_steps == 46 and ours.data.labels.unique().numel() == 10
+    batches = []
+    for step in range(46):
+        ours.step = theirs.step = step
+        batches.append(ours.batch()[0])
+        assert torch.equal(batches[-1], theirs.batch()[0]) and ours.learning_rate() == theirs.learning_rate()
+    assert not torch.equal(batches[0], batches[23])
+    for name, value in ours.model.state_dict().items():
+        assert torch.equal(value, theirs.model.state_dict()[name])
+
+
+def test_a_setting_of_one_method_reaches_that_method_alone(tmp_path, monkeypatch, capsys):
+    methods = ["--methods", "gmp,granet,step,one-shot,topkast,powerpropagation,acdc"]
+    plain = planned(*methods)
+    own = ["--method-set", "gmp.initial=0.25", "step.optimizer.name=adamw", "one-shot.pretrain=0.75",
+           "--method-set", "granet.drop_fraction=0.4", "topkast.backward_sparsity=0.6", "powerpropagation.alpha=3",
+           "acdc.rule=proportional", "acdc.pattern=4x1"]  # fmt: skip
+    changed = planned(*methods, *own)
+    assert {folder: recipe.differences(settings, plain[folder]) for folder, settings in changed.items()} == {
+        "gmp-0.8-1epochs-seed0": ["method.options.initial: 0.25, None"],
+        "granet-0.8-1epochs-seed0": ["method.options.drop_fraction: 0.4, None"],
+        "step-0.8-1epochs-seed0": ["optimizer.name: 'adamw', 'sgd'"],
+        "one-shot-0.8-1epochs-seed0": ["method.pretrain: 0.75, 0.5"],
+        "topkast-0.8-1epochs-seed0": ["method.options.backward_sparsity: 0.6, None"],
+        "powerpropagation-0.8-1epochs-seed0": ["method.options.alpha: 3, None"],
+        "acdc-0.8-1epochs-seed0": ["method.pattern: '4x1', 'auto'", "method.options.rule: 'proportional', None"],
+    }  # fmt: skip
+    folder = tmp_path / "runs/tiny/gmp-0.8-1epochs-seed0"
+    folder.mkdir(parents=True)
+    (folder / "recipe.toml").write_text(recipe.to_toml(plain[folder.name]))
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["compare", "--methods", "gmp", *ARGUMENTS, "--method-set", "gmp.initial=0.25"]) == 2
+    assert "another recipe (key: given now, stored): method.options.initial: 0.25, None" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sparsekern.METHODS)
+def test_every_setting_of_a_method_is_an_argument_that_it_takes(name):
+    """What is built with its own default stays what it is; so each key goes where it belongs."""
+    for key in set(method_settings.keys(name)) - {"pattern", "include", "exclude", "pretrain"}:
+        entry, rest = sparsekern.METHODS[name], {"initial": {}} if name == "lottery-ticket" else {}
+        found = [p for c in entry.cls.__mro__ for n, p in inspect.signature(c.__init__).parameters.items() if n == key]
+        value = "reference" if key == "rule" else 0.25 if key == "backward_sparsity" else found[0].default
+        sparsekern.build_method(name, 0.8, epochs=4, steps_per_epoch=3, **{key: value}, **rest)
+
+
+def outcome(method, accuracy, seconds=1.0, found=0.9, **changes):
+    scores = {"accuracy": accuracy, "loss": 0.5, "entropy": 0.25, "sparsity": found}
     result = {"sparse": scores, "flops": {"dense": 100.0, "inference": 20.0, "training": 900.0}, "steps": 10,
               "seconds": seconds, "metrics": [{"accuracy": 0.1}, {"accuracy": accuracy}]}  # fmt: skip
     return comparison.Outcome(**{"method": method, "sparsity": 0.9, "epochs": 2, "result": result, **changes})
@@ -145,7 +221,36 @@ def test_means_over_seeds_and_a_reason_that_cannot_break_the_table():
     assert len(text.splitlines()) == 6
 
 
+@pytest.mark.parametrize(
+    ("found", "targets", "remark"),
+    [
+        (0.9049, (0.9,), ""),  # 0.951 times the live weights
+        (0.8951, (0.9,), ""),
+        (0.9051, (0.9,), "misses sparsity 0.9, 0.95 times the live weights"),
+        (0.8949, (0.9,), "misses sparsity 0.9, 1.05 times the live weights"),
+        (0.9784, (0.98,), "misses sparsity 0.98, 1.08 times the live weights"),
+        (0.981, (0.9, 0.98), ""),  # a method that finds its own sparsity is near one of them
+        (0.97, (0.9, 0.98), "misses sparsity 0.98, 1.50 times the live weights"),
+        (0.5, (), ""),
+        (1.0, (1.0,), ""),
+        (0.99, (1.0,), "misses sparsity 1"),
+        (0.0, (0.0,), ""),
+    ],
+)
+def test_another_sparsity_than_asked_for_is_remarked(found, targets, remark):
+    runs = [outcome("a", 0.5, found=found, targets=targets), outcome("a", 0.5, found=found, targets=targets)]
+    assert comparison.rows(runs)[0]["note"] == remark
+    shifted = comparison.rows([outcome("a", 0.5, found=found, targets=targets, shifted="why")])[0]["note"]
+    assert shifted == (remark and f"{remark}: why")
+
+
 def test_plot():
+    two = [outcome("a", 0.5), outcome("a", 0.75), comparison.Outcome("a", 0.9, 2, None, "failed")]
+    assert comparison.mean_curve(two) == [0.1, 0.625]
+    assert comparison.mean_curve(two[2:]) == []
+    assert comparison.label(two, [2]) == "a" and comparison.label(two, [2, 4]) == "a, 2 epochs"
+    astray = [outcome("b", 0.5, found=0.95, targets=(0.9,)), outcome("b", 0.5, found=0.9, targets=(0.9,))]
+    assert comparison.label(astray, [2]) == "b (sparsity 0.925)"
     pytest.importorskip("matplotlib")
     several = [outcome("a", 0.5), outcome("a", 0.6), outcome("dense", 0.7, sparsity=None)]
     assert comparison.plot(several, 0.9)[:8] == b"\x89PNG\r\n\x1a\n"
