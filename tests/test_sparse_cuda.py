@@ -124,7 +124,7 @@ def test_what_the_kernels_do_not_take_is_dense_and_said_once(reason, change):
     torch.testing.assert_close(found[1], torch.nn.functional.conv2d(x, w, None, 1, 1, dilation, groups))
 
 
-DOUBLE = "dense: torch.float64: the sparse kernels are float32, and forward with pattern 4x1 float16 and bfloat16"
+DOUBLE = "dense: torch.float64: the sparse kernels are float32, and with pattern 4x1 float16 and bfloat16"
 
 
 @pytest.mark.parametrize(
