@@ -38,9 +38,9 @@ def resnet50(gpu, density, dtype, which):
         ("A100", FLOAT, "forward", (5.2, 7.8, 9.6), 122.7), ("A100", FLOAT, "input", (5.2, 7.8, 9.6), 122.7),
         ("A100", FLOAT, "weight", (5.2, 7.8, 9.6), 122.7), ("H100", FLOAT, "forward", (4.2, 5.2, 5.6), 40.4),
         ("H100", FLOAT, "input", (2.7, 4.2, 5.4), 40.4), ("H100", FLOAT, "weight", (4.2, 5.2, 5.6), 40.4),
-        ("A100", HALF, "forward", (1.57, 1.73, 1.78), 10.9), ("A100", HALF, "weight", (1, 1, 1), 10.9),
-        ("H100", HALF, "forward", (1.21, 1.33, 1.38), 4.9), ("H100", HALF, "weight", (1, 1, 1), 4.9),
-        ("H100", HALF, "input", (1, 1, 1), 4.9),  # like the two of (1, 1, 1) above: no sparse kernel
+        ("A100", HALF, "forward", (1.57, 1.73, 1.78), 10.9), ("A100", HALF, "weight", (1.57, 1.73, 1.78), 10.9),
+        ("H100", HALF, "forward", (1.21, 1.33, 1.38), 4.9), ("H100", HALF, "weight", (1.21, 1.33, 1.38), 4.9),
+        ("A100", HALF, "input", (1, 1, 1), 10.9), ("H100", HALF, "input", (1, 1, 1), 4.9),  # no sparse kernel
     ],
 )  # fmt: skip
 def test_a_whole_network_takes_what_was_worked_out_for_it(gpu, dtype, which, times, dense):

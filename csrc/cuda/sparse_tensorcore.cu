@@ -65,8 +65,8 @@ __device__ __forceinline__ uint32_t weight_at(const SparseWeight& w, const Spars
   const int block = table[column].block[row / 4];
   if (block < 0) return 0;
   const int64_t row_of_blocks = int64_t{blockIdx.y} * kBandRows + row / 4;
-  const int64_t at = w.packed ? int64_t{block} * 4
-                              : row_of_blocks * w.row_step + element_of(w, grid, static_cast<int>(column));
+  const int64_t at =
+      w.packed ? int64_t{block} * 4 : row_of_blocks * w.row_step + element_of(w, grid, static_cast<int>(column));
   return static_cast<const uint16_t*>(w.data)[at + row % 4 * w.inner_step];
 }
 

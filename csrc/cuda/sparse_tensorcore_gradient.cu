@@ -73,7 +73,8 @@ __device__ __forceinline__ void add_warps(float* shared, Sums& sums) {
   for (int i = 0; i < 8 * kSteps; ++i) sums[i / 4][i % 4] += own[i * 32];
 }
 
-// Stores the sums of what is in a block of the weight; `blocks` are those of the first column, of every row of the band.
+// Stores the sums of what is in a block of the weight; `blocks` are those of the first column, of every row of the
+// band.
 __device__ __forceinline__ void store(const int32_t* blocks, int steps, const Sums& sums, float* partial) {
   const int lane = threadIdx.x % 32, row = lane / 4;
 #pragma unroll

@@ -59,7 +59,7 @@ RATES: Rates = {
 """Multiply-adds per clock and multiprocessor that shared memory allows the float32 kernels: it gives a warp 16 bytes
 per lane, one pixel of four images, in four clocks. Forward, the outputs of a block share them; the input gradient is
 the product with the transposed pattern; for the weight, both operands are read, five units for the 16 of a block."""
-_TENSOR_PASSES = {("4x1", "forward")}
+_TENSOR_PASSES = {("4x1", "forward"), ("4x1", "weight")}
 _ROWS = (8, 16, 32)
 
 
