@@ -15,7 +15,7 @@ def main(sanitizer: str) -> int:
     kinds = {"address": "address,undefined", "thread": "thread"}
     flags = ["-O1", "-g", "-fno-sanitize-recover=undefined"] if sanitizer == "address" else ["-O1", "-g"]
     flags += [f"-fsanitize={kinds[sanitizer]}"]
-    sources = [emulator.HERE / "driver.cpp", *sorted(emulator.KERNELS.glob("*.cu"))]
+    sources = [*sorted(emulator.HERE.glob("driver*.cpp")), *sorted(emulator.KERNELS.glob("*.cu"))]
     program = emulator.build(f"driver_{sanitizer}", sources, flags, [emulator.ROOT / "csrc/cpu/simd/kernels.h"])
     done = emulator.sanitized([str(program)])
     print(done.stdout + done.stderr[-8000:])
