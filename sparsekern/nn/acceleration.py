@@ -72,12 +72,13 @@ class _Layer:
         """How the last pass ran: what was meant, and what the operators made of it."""
         if not self.last.startswith("sparse"):
             return self.last
-        found = fallbacks.noted(self.structure.tensors)
-        back = next((why for name, why in found.items() if name.endswith("backward")), None)
-        forward = next((why for name, why in found.items() if not name.endswith("backward")), None)
-        if forward:
-            return f"dense: {forward}"
-        return f"{self.last}, backward dense: {back}" if back else self.last
+        text = self.last
+        for name, why in fallbacks.noted(self.structure.tensors).items():
+            _, backward, part = name.partition("_backward")
+            if not backward:
+                return f"dense: {why}"
+            text += f", backward{part} dense: {why}"
+        return text
 
     def _follow_mask(self, module: nn.Module) -> None:
         version, device = self.masks.version(self.mask_name), module.weight.device
