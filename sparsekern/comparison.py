@@ -201,7 +201,7 @@ def plot(outcomes: list[Outcome], sparsity: float) -> bytes:
 def _draw_ends(axes: Any, found: list[tuple[float, str, dict[str, Any]]]) -> None:
     """A marker for each accuracy, in rows that are called what the lines are."""
     for row, (accuracy, _, style) in enumerate(found):
-        ends.plot(accuracy, row, **style | {"markersize": 6})
-        ends.annotate(f"{accuracy:.4f}", (accuracy, row), (7, 0), textcoords="offset points", va="center", size=8)
-    ends.set_yticks(range(len(found)), [name for _, name, _ in found], fontsize=8)
-    ends.margins(x=0.2)
+        axes.plot(accuracy, row, **style | {"markersize": 6})
+        axes.annotate(f"{accuracy:.4f}", (accuracy, row), (7, 0), textcoords="offset points", va="center", size=8)
+    axes.set_yticks(range(len(found)), [name for _, name, _ in found], fontsize=8)
+    axes.margins(x=0.2)
