@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def gather(run: Run, name: str) -> dict[str, Any]:
     """Score both networks, count the zeros, and time the kernels if the recipe asks for it."""
-    masks = run.sparsifier.masks
+    masks = run.sparsifier.forward_masks()
     weights = run.sparsifier.forward_weights()
     trained, timed = dict(run.layers), []
     if run.recipe.measure:

@@ -13,7 +13,6 @@ from torch.nn import functional
 import sparsekern as sk
 from sparsekern import data, models, recipe
 from sparsekern.evaluation import count_sparsity, evaluate
-from sparsekern.methods.effective import EffectiveSparsifier
 from sparsekern.recipe import Recipe
 from sparsekern.training_cost import TrainingCost
 
@@ -88,8 +87,7 @@ class Run:
             self.sparsifier = sparsifier.attach(self.model, self.optimizer, self.steps_per_epoch, self.verbose)
         except (TypeError, ValueError) as error:  # a pattern that matches no layer of this network, for one
             raise Refused(f"method: {error}") from error
-        # Methods that compute their forward weights have masks that may lag behind, and read dense gradients anyway.
-        if self.recipe.accelerate != "off" and not isinstance(self.sparsifier, EffectiveSparsifier):
+        if self.recipe.accelerate != "off":
             self._names = {module: name for name, module in self.model.named_modules()}
             sk.nn.accelerate(self.model, self.sparsifier, self._choose)
         self.sparsity = self.count_sparsity()

@@ -21,10 +21,12 @@ OPTIONS = {
     **dict.fromkeys(["granet", "obert"], {**UPDATES, "initial": 0.3}),
     "soft-movement": {**UPDATES, "threshold": 0.5, "penalty": 1.0, "lr_ratio": 1.0},
     "movement": {**UPDATES, "momentum": 0.5},
-    "topkast": {"every": 2},
+    **dict.fromkeys(["topkast", "powerpropagation-topkast"], {"every": 2, "backward_sparsity": 0.25}),
     "str": {"start": -3.0, "decay": 0.05},
     "step": {"switch": 3},
 }
+# Takes loss scale and overflow from GradScaler as MaskedSGD does; the others of torch are not called after an overflow.
+KINDS = {**OPTIMIZERS, "adamw-fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True)}
 # Masks of these never change; those of the others do within 8 steps.
 CONSTANT = {"dense", "one-shot", "lottery-ticket", "fixed-mask"}
 every_method = pytest.mark.parametrize("name", sk.METHODS)
@@ -32,7 +34,7 @@ every_method = pytest.mark.parametrize("name", sk.METHODS)
 
 def kinds(*names):
     """Each method with each of these optimizers, those it refuses left out."""
-    cases = [(m, k) for m in sk.METHODS for k in names if sk.METHODS[m].optimizer == "any" or k == "adamw"]
+    cases = [(m, k) for m in sk.METHODS for k in names if sk.METHODS[m].optimizer == "any" or k.startswith("adamw")]
     return pytest.mark.parametrize(("name", "kind"), cases)
 
 
@@ -52,7 +54,7 @@ def setup(name, kind=None, model=None):
     kind = kind or ("adamw" if sk.METHODS[name].optimizer == "adam" else "masked")
     model = network() if model is None else model
     options = {**ready(name, model)[1], **OPTIONS.get(name, {})}
-    optimizer = OPTIMIZERS[kind](model.parameters())
+    optimizer = KINDS[kind](model.parameters())
     sparsifier = sk.build_method(name, 0.5, epochs=STEPS, steps_per_epoch=1, **options)
     return model, optimizer, sparsifier.attach(model, optimizer, 1, verbose=False)
 

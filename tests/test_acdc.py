@@ -59,6 +59,26 @@ def test_momentum_reset_works_without_gradients(reset):
     assert all(cleared) == (reset == "all")
 
 
+@pytest.mark.parametrize("kind", ["masked", "sgd"])
+def test_dense_phase_starts_from_zero_and_without_momentum(kind):
+    """The reset comes before the first dense step, as published; neuralmagic/sparseml's, after it, would undo that."""
+    model, optimizer, sparsifier = setup(kind)
+    iterate(model, optimizer, sparsifier, 0, 5)
+    pruned = {n: ~sparsifier.masks.bool(n) for n in sparsifier.masks}
+    iterate(model, optimizer, sparsifier, 5, 6)
+    assert sparsifier.phase == sk.Dense() and sparsifier.masks.density() == 1
+    assert all(not sparsifier.masks.parameter(n)[p].any() for n, p in pruned.items())
+    x, y = batch(6)
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(model(x), y).backward()
+    want = {p: p.grad + 1e-2 * p.detach() for p in model.parameters()}
+    optimizer.step()
+    for p, value in want.items():
+        torch.testing.assert_close(momenta(optimizer, p), [value], rtol=1e-6, atol=1e-8)
+    sparsifier.step()
+    assert all(momenta(optimizer, p)[0].any() for p in model.parameters())
+
+
 def test_unattached_or_finalized_sparsifier_says_so():
     sparsifier = sk.ACDC(0.9, SCHEDULE)
     for method in (sparsifier.step, sparsifier.finalize, sparsifier.state_dict, lambda: sparsifier.load_state_dict({})):

@@ -195,7 +195,7 @@ def test_a_setting_of_one_method_reaches_that_method_alone(tmp_path, monkeypatch
 def test_targets_are_those_that_a_method_may_end_with():
     parser = argparse.ArgumentParser()
     compare.add_arguments(parser)
-    methods = ["--methods", "dense,gmp,str,sr-ste,extended-gmp,acdc", "--method-set", "acdc.pattern=1:5"]
+    methods = ["--methods", "dense,gmp,str,sr-ste,extended-gmp,acdc", "--method-set", "acdc.pattern=1:4"]
     options = parser.parse_args([*ARGUMENTS[:2], "--sparsity", "0.8", *methods])
     entries = {entry.method: entry for entry in compare.plan(options)}
     found = {name: compare._targets(entry, [0.8, 0.9]) for name, entry in entries.items()}

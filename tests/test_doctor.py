@@ -60,7 +60,7 @@ def test_names_versions_backends_and_instruction_set(capsys):
     assert cli.main(["doctor"]) == 0
     report = capsys.readouterr().out
     assert torch.__version__ in row(report, "torch") and sk.__version__ in row(report, "sparsekern")
-    gpu = "PyTorch reference" if _library.cuda_obstacle else "compiled kernel"
+    gpu = doctor.BACKENDS[backends.chosen("masked_sgd_", "CUDA")]
     assert row(report, "masked_sgd_").startswith(f"CPU: compiled kernel, GPU: {gpu}")
     assert row(report, "topk_mask").startswith("CPU: compiled kernel")
     assert f"kernels use     {torch.ops.sparsekern.cpu_isa()}" in report

@@ -37,9 +37,9 @@ def test_forward_is_sparse_and_the_model_sees_nothing_of_it(method, kind):
     for layer, name in ((model[0], "0.weight"), (model[5], "5.weight")):
         layer.register_forward_pre_hook(lambda m, _, name=name: seen.__setitem__(name, m.weight.detach().clone()))
     model(batch(0)[0])
-    sparsifier.state_dict()  # brings masks up to date
+    masks = sparsifier.forward_masks()
     for name, weight in seen.items():
-        mask = sparsifier.masks.bool(name)
+        mask = masks.bool(name)
         assert not weight[~mask].any() and weight[mask].all() and int((~mask).sum()) > 0
         assert torch.equal(weight, sparsifier.sparse_state_dict()[name])
         assert sparsifier.masks.parameter(name).count_nonzero() > weight.count_nonzero()
@@ -101,6 +101,8 @@ def test_exceptions_leave_the_stored_weight_and_closures_are_refused(method):
     with pytest.raises(RuntimeError):
         model[5](torch.zeros(2, 3))
     assert "weight" not in model[5].__dict__ and isinstance(model[5].weight, nn.Parameter)
+    if method == "power":  # reads no gradient before the step
+        return optimizer.step(lambda: None)
     with pytest.raises(RuntimeError, match="without a closure"):
         optimizer.step(lambda: None)
 

@@ -132,6 +132,7 @@ int main(int argc, char** argv) {
   if (name == "block_sum") run_block_sum(values.data(), 128, sum.data(), bug);
   if (name == "out_of_bounds") run_out_of_bounds(values.data(), 128, bug);
   if (name == "count_all") run_count_all(counter.data(), bug);
+  if (name == "histogram") run_histogram(words.data(), words.data() + 64, bug);
   return 0;
 }
 """
@@ -139,7 +140,10 @@ int main(int argc, char** argv) {
 
 @pytest.mark.parametrize(
     ("sanitizer", "names", "words"),
-    [("address", ["out_of_bounds"], "heap-buffer-overflow"), ("thread", ["block_sum", "count_all"], "data race")],
+    [
+        ("address", ["out_of_bounds"], "heap-buffer-overflow"),
+        ("thread", ["block_sum", "count_all", "histogram"], "data race"),
+    ],
 )
 def test_sanitizers_name_the_line_of_a_bug(tmp_path, sanitizer, names, words):
     source = emulator.ROOT / "build/emulator/selftest_main.cpp"

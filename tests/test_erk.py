@@ -11,6 +11,11 @@ SHAPES = {c.name.removeprefix("resnet50/"): c.weight_shape for c in resnet50_con
 SIZES = {name: math.prod(shape) for name, shape in SHAPES.items()}
 
 
+def test_resnet50_has_its_published_sizes():
+    assert len(SIZES) == 54 and sum(SIZES.values()) == 25_502_912
+    assert sum(SIZES.values()) - SIZES["conv1"] - SIZES["fc"] == 23_445_504
+
+
 def test_resnet50_at_90_percent():
     kept = erk(SHAPES, 0.9)
     sparsity = {name: 1 - kept[name] / SIZES[name] for name in kept}

@@ -1,6 +1,7 @@
 """Every method when steps are skipped by the gradient scaler, and when the run is cut and goes on."""
 
 import copy
+import io
 
 import torch
 from every_method import CONSTANT, STEPS, check_sparse, kinds, masks_of, setup
@@ -36,28 +37,34 @@ def first_change(name, kind):
     return 2
 
 
-@kinds("masked", "sgd", "adamw")
+@kinds("masked", "sgd", "adamw", "adamw-fused")
 def test_skipped_step_changes_nothing_and_a_change_due_there_waits(name, kind):
     parts, plain, bad = setup(name, kind), setup(name, kind), first_change(name, kind)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=100)
     for i in range(bad):
         scaled(parts, i, scaler, False)
-    before = copy.deepcopy(learned(parts))
-    weights, masks = [p.detach().clone() for p in parts[0].parameters()], masks_of(parts[2])
-    scaled(parts, bad, scaler, True)
-    assert all(torch.equal(p, w) for p, w in zip(parts[0].parameters(), weights, strict=True))
-    check_equal(masks_of(parts[2]), masks)
-    check_equal(learned(parts), before)
+    masks = overflow_changes_nothing(parts, bad, scaler)
     scaled(parts, bad + 1, scaler, False)
     check_sparse(*parts)
     assert all(bool(p.isfinite().all()) for p in parts[0].parameters())
     now = masks_of(parts[2])
     assert (name in CONSTANT) == all(torch.equal(a, b) for a, b in zip(now.values(), masks.values(), strict=True))
-    iterate(*parts, bad + 2, STEPS)
+    overflow_changes_nothing(parts, bad + 2, scaler)
+    iterate(*parts, bad + 3, STEPS)
     iterate(*plain, 0, STEPS)
     if sk.METHODS[name].exact:
         masks_of(parts[2]), masks_of(plain[2])
         assert parts[2].masks.density() == plain[2].masks.density()
+
+
+def overflow_changes_nothing(parts, i, scaler):
+    before = copy.deepcopy(learned(parts))
+    weights, masks = [p.detach().clone() for p in parts[0].parameters()], masks_of(parts[2])
+    scaled(parts, i, scaler, True)
+    assert all(torch.equal(p, w) for p, w in zip(parts[0].parameters(), weights, strict=True))
+    check_equal(masks_of(parts[2]), masks)
+    check_equal(learned(parts), before)
+    return masks
 
 
 def learned(parts):
@@ -65,7 +72,7 @@ def learned(parts):
     return parts[2].state_dict().get("learned")
 
 
-@kinds("masked", "sgd", "adamw")
+@kinds("masked", "sgd", "adamw", "adamw-fused")
 def test_loss_scale_leaves_no_trace(name, kind):
     """With powers of two as loss scales, bit for bit."""
     parts, plain = setup(name, kind), setup(name, kind)
@@ -77,7 +84,7 @@ def test_loss_scale_leaves_no_trace(name, kind):
     check_equal(masks_of(parts[2]), masks_of(plain[2]))
 
 
-@kinds("masked", "sgd", "masked-adamw")
+@kinds("masked", "sgd", "masked-adamw", "adamw-fused")
 def test_resume_with_a_change_waiting(name, kind):
     """Steps 1 and 2 overflow; the run is cut after the first of them, before and after `sparsifier.step()`."""
 
@@ -98,7 +105,11 @@ def test_resume_with_a_change_waiting(name, kind):
 
 
 def resumed(name, kind, parts):
-    return loaded(setup(name, kind), copy.deepcopy([part.state_dict() for part in parts]))
+    """Through a file that holds nothing but tensors and plain values."""
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in parts], file)
+    file.seek(0)
+    return loaded(setup(name, kind), torch.load(file, weights_only=True))
 
 
 def loaded(parts, states):

@@ -50,12 +50,33 @@ def test_resnet50_ratios(sparsity, by_erk, first_dense, both_dense):
     assert [round(value, 4) for value in found] == [by_erk, first_dense, both_dense]
 
 
-def test_ratios_published_by_rigl():
-    """The table in the README of google-research/rigl has two digits, some of them cut and some rounded up."""
-    for sparsity, published in ((0.8, 0.42), (0.9, 0.24), (0.95, 0.12), (0.965, 0.09)):
-        assert ratio(erk(SHAPES, sparsity)) == pytest.approx(published, abs=0.006)
-    for sparsity, published in ((0.8, 0.23), (0.9, 0.13), (0.95, 0.08), (0.965, 0.07)):
-        assert uniform_ratio(sparsity, "conv1") == pytest.approx(published, abs=0.006)
+def rigl_kept(distribution, sparsity):
+    """The layer rules of google-research/rigl: uniform keeps the first layer dense, and so does ERK at 99%."""
+    if distribution == "uniform":
+        return uniform(SIZES, sparsity, ("conv1",))
+    return erk({n: shape for n, shape in SHAPES.items() if sparsity < 0.99 or n != "conv1"}, sparsity)
+
+
+@pytest.mark.parametrize(
+    ("distribution", "sparsity", "times", "training", "inference"),
+    [
+        ("erk", 0.8, 5, 2.09, 0.42), ("uniform", 0.8, 5, 1.14, 0.23), ("erk", 0.9, 5, 1.23, 0.24),
+        ("uniform", 0.9, 5, 0.66, 0.13), ("erk", 0.95, 5, 0.63, 0.12), ("uniform", 0.95, 5, 0.42, 0.08),
+        ("erk", 0.965, 5, 0.45, 0.09), ("uniform", 0.965, 5, 0.34, 0.07), ("erk", 0.99, 5, 0.29, 0.05),
+        ("erk", 0.8, 1, 0.42, 0.42), ("uniform", 0.8, 1, 0.23, 0.23), ("erk", 0.9, 1, 0.24, 0.24),
+        ("uniform", 0.9, 1, 0.13, 0.13),
+    ],
+)  # fmt: skip
+def test_table_published_by_rigl(distribution, sparsity, times, training, inference):
+    """Its README, whose two digits are cut in some rows and rounded up in others; dense 8.2e9 and 3.2e18 FLOPs."""
+    sparse = forward_flops(COSTS, rigl_kept(distribution, sparsity))
+    average = times * rigl_training_flops(sparse, DENSE, 100) / (3 * DENSE)
+    assert abs(inference - sparse / DENSE) < 0.01
+    assert abs(training - average) < (0.012 if training == 0.42 else 0.01)  # 0.42 is 0.409 by their own formula
+    assert round(DENSE, -8) == 8.2e9 and round(training_flops([(32_000 * 4096, DENSE)]), -17) == 3.2e18
+
+
+def test_erk_at_99_percent_with_and_without_the_first_layer():
     rest = {name: shape for name, shape in SHAPES.items() if name != "conv1"}
     assert [round(ratio(erk(shapes, 0.99)), 4) for shapes in (SHAPES, rest)] == [0.0257, 0.0533]
 

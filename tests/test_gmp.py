@@ -21,6 +21,7 @@ def test_curve_at_quarters_and_default_schedule():
     _, _, sparsifier = setup()
     values = [0.0, 0.0, 0.0, 0.0, 0.52031, 0.52031, 0.7875, 0.7875, 0.88594, 0.88594, 0.9, 0.9]
     assert [round(sparsifier.at(t), 5) for t in range(12)] == values
+    assert setup(schedule=UpdateSchedule(4, 4, 1, 14))[2].at(4) == 0.9  # a lone update has no curve
     _, _, sparsifier = setup(schedule=sk.update_schedule(total_steps=32_000))
     assert sparsifier.schedule == UpdateSchedule(10_000, 25_000, 1_000, 32_000)
 
@@ -60,6 +61,17 @@ def test_overlap_of_consecutive_masks_has_its_closed_form():
     assert parts[2].masks.overlap(earlier) == pytest.approx((1 - 0.7875) / (1 - 0.52031), abs=2e-3)
 
 
+def test_updates_missed_by_overflows_are_made_as_one():
+    model, optimizer, sparsifier = setup()
+    iterate(model, optimizer, sparsifier, 0, 1)
+    optimizer.found_inf = torch.ones(())
+    iterate(model, optimizer, sparsifier, 1, 5)
+    assert sparsifier.updates == 0
+    optimizer.found_inf = torch.zeros(())
+    iterate(model, optimizer, sparsifier, 5, 6)
+    assert sparsifier.updates == 3 and sparsifier.masks.density() == sk.keep_count(1896, sparsifier.at(6)) / 1896
+
+
 def test_a_pruned_weight_never_returns_not_even_in_a_tie():
     model, optimizer, sparsifier = parts = setup()
     iterate(*parts, 0, 4)
@@ -88,6 +100,8 @@ def test_initial_sparsity_holds_from_the_first_step():
     _, _, sparsifier = setup(initial=0.5)
     assert sum(int(sparsifier.masks.bool(n).sum()) for n in sparsifier.masks) == 948
     assert sparsifier.at(4) == pytest.approx(0.9 - 0.4 * 0.75**3)
+    masks = setup(initial=0.5, layer_sparsity={"first": 0.0, "last": 0.25})[2].masks
+    assert [int(masks.bool(n).sum()) for n in masks] == [216, 360, 720]
 
 
 def test_bad_input_is_named():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from method_helpers import setup
+from method_helpers import gradients, setup
 from method_steps import batch, iterate, network
 from torch import nn
 
@@ -75,6 +75,39 @@ def test_scores_sum_up_minus_g_times_w():
         sparsifier.step()
         best = total.flatten().topk(2).indices
         assert sparsifier.masks.bool("weight").flatten()[best].all() and sparsifier.masks.density() == 0.5
+
+
+def test_rate_is_that_of_the_weights_own_group():
+    model = network()
+    optimizer = torch.optim.SGD(
+        [{"params": model[:5].parameters(), "lr": 0.0}, {"params": model[5].parameters()}], lr=0.5
+    )
+    sparsifier = sk.STR(start=-3.0, decay=0.0, include=["^5"]).attach(model, optimizer, verbose=False)
+    gradients(model, optimizer, 0)
+    optimizer.step()
+    assert sparsifier.learned.values["5.weight"] != -3.0
+
+
+def test_soft_movement_ramps_threshold_and_penalty_averaged_over_layers():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 2, bias=False))
+    optimizer = sk.MaskedSGD(model.parameters(), lr=0.1)
+    schedule = UpdateSchedule(0, 4, 1, 8)
+    make = sk.SoftMovement(schedule, threshold=0.8, penalty=64.0, floor=0.0, lr_ratio=1.0)
+    sparsifier = make.attach(model, optimizer, verbose=False)
+    score = torch.zeros(())
+    for step in range(6):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        ramp = 1 - (1 - min(step / 4, 1)) ** 3
+        gate = score.sigmoid()
+        score = score - 0.1 * 64 * ramp / 2 * gate * (1 - gate) / 16
+        got = sparsifier.learned.values["0.weight"].detach()
+        torch.testing.assert_close(got, score.expand(4, 4), rtol=1e-5, atol=1e-6)
+        sparsifier.step()
+        kept = bool(score.sigmoid() > 0.8 * (1 - (1 - min((step + 1) / 4, 1)) ** 3))
+        assert sparsifier.masks.density("0.weight") == kept
+    assert not kept
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "4x1", "1x4"])

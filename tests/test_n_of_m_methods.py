@@ -74,19 +74,26 @@ def test_step_is_adam_before_and_freezes_the_variance_after(kind):
     assert model[0].weight.grad is not None
 
 
-def test_step_with_the_frozen_variance_by_hand():
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("kind", ["Adam", "AdamW"])
+def test_step_with_the_frozen_variance_by_hand(kind, maximize):
     model = torch.nn.Linear(4, 1, bias=False)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    optimizer = getattr(torch.optim, kind)(model.parameters(), lr=0.1, weight_decay=0.2, maximize=maximize)
     sparsifier = sk.STEP(10, switch=1).attach(model, optimizer, verbose=False)
     first, second = torch.tensor([[1.0, 2, 3, 4]]), torch.tensor([[4.0, 3, 2, 1]])
     model.weight.grad = first.clone()
     optimizer.step()
     sparsifier.step()
-    before = model.weight.detach().clone()
+    w, state = model.weight.detach().clone(), optimizer.state[model.weight]
+    momentum, variance = state["exp_avg"].clone(), state["exp_avg_sq"].clone()
     model.weight.grad = second.clone()
     optimizer.step()
-    average = (0.9 * 0.1 * first + 0.1 * second) / (1 - 0.9**2)
-    torch.testing.assert_close(model.weight.detach(), before - 0.1 * average / (first + 1e-8))
+    g = -second if maximize else second
+    g = g + 0.2 * w if kind == "Adam" else g
+    shrunk = w * (1 - 0.1 * 0.2) if kind == "AdamW" else w
+    average = (0.9 * momentum + 0.1 * g) / (1 - 0.9**2)
+    want = shrunk - 0.1 * average / ((variance / (1 - 0.999)).sqrt() + 1e-8)
+    torch.testing.assert_close(model.weight.detach(), want)
 
 
 def test_step_switches_by_itself_between_its_bounds():
@@ -102,6 +109,19 @@ def test_step_switches_by_itself_between_its_bounds():
 
     assert switched_at(1.0, bounds=(0.2, 0.5)) == 4
     assert switched_at(1e-20) == 10
+
+
+def test_step_finds_the_switch_by_the_mean_change_of_the_variance():
+    """At a constant gradient of 1 and beta2 = 1/2 the change is 2^-t, over two steps on average below 0.01 at t = 8."""
+    model = torch.nn.Linear(4, 2, bias=False)
+    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.5), eps=0.01)
+    sparsifier = sk.STEP(20, bounds=(0.1, 0.9)).attach(model, optimizer, verbose=False)
+    for _ in range(8):
+        assert sparsifier.phase == sk.Dense()
+        model.weight.grad = torch.ones(2, 4)
+        optimizer.step()
+        sparsifier.step()
+    assert sparsifier.phase == sk.Sparse(0.5)
 
 
 def test_step_resumes_at_any_step_when_it_finds_the_switch(monkeypatch):

@@ -38,9 +38,9 @@ def resnet50(gpu, density, dtype, which):
         ("A100", FLOAT, "forward", (5.2, 7.8, 9.6), 122.7), ("A100", FLOAT, "input", (5.2, 7.8, 9.6), 122.7),
         ("A100", FLOAT, "weight", (5.2, 7.8, 9.6), 122.7), ("H100", FLOAT, "forward", (4.2, 5.2, 5.6), 40.4),
         ("H100", FLOAT, "input", (2.7, 4.2, 5.4), 40.4), ("H100", FLOAT, "weight", (4.2, 5.2, 5.6), 40.4),
-        ("A100", HALF, "forward", (1.57, 1.73, 1.78), 10.9), ("A100", HALF, "weight", (1, 1, 1), 10.9),
-        ("H100", HALF, "forward", (1.21, 1.33, 1.38), 4.9), ("H100", HALF, "weight", (1, 1, 1), 4.9),
-        ("H100", HALF, "input", (1, 1, 1), 4.9),  # like the two of (1, 1, 1) above: no sparse kernel
+        ("A100", HALF, "forward", (1.57, 1.73, 1.78), 10.9), ("A100", HALF, "weight", (1.57, 1.73, 1.78), 10.9),
+        ("H100", HALF, "forward", (1.21, 1.33, 1.38), 4.9), ("H100", HALF, "weight", (1.21, 1.33, 1.38), 4.9),
+        ("A100", HALF, "input", (1, 1, 1), 10.9), ("H100", HALF, "input", (1, 1, 1), 4.9),  # no sparse kernel
     ],
 )  # fmt: skip
 def test_a_whole_network_takes_what_was_worked_out_for_it(gpu, dtype, which, times, dense):
@@ -112,12 +112,26 @@ def test_a_layer_is_predicted_by_its_sizes(h100, grad):
             assert layers.output_pixels(module, x) == result.numel() // 12 == out
             structure = sk.ops.sparse_structure(torch.rand(module.weight.shape) < 0.3, groups=layers.groups_of(module))
             into = x.numel() // 8
-            size = LayerSize.of(tuple(module.weight.shape), structure.groups, into, out)
+            images = None if isinstance(module, nn.Linear) else x.shape[0] if x.dim() == 4 else 1
+            size = LayerSize.of(tuple(module.weight.shape), structure.groups, into, out, images)
             assert size.values == x.numel() + result.numel()
             passes = ("forward", "weight") if grad else ("forward",)
             density = structure.kept / module.weight.numel()
             want = layer_speeds(h100, size, density, "unstructured", FLOAT, passes)
             assert predicted_speeds(module, structure, x.as_subclass(OnGpu)) == want
+
+
+@pytest.mark.parametrize(("dtype", "together"), [(FLOAT, 4), (HALF, 8)])
+def test_images_that_are_not_there_take_time_too(h100, dtype, together):
+    def seconds(images, kernel, padding):
+        layer = nn.Conv2d(512, 512, kernel, padding=padding).requires_grad_(False)
+        structure = SimpleNamespace(shape=tuple(layer.weight.shape), groups=1, layout="4x1", kept=layer.weight.numel())
+        x = torch.empty(images, 512, 7, 7, dtype=dtype).as_subclass(OnGpu)
+        return predicted_speeds(layer, structure, x).sparse
+
+    of_a_window = [seconds(n, 3, 1) for n in (1, together, together + 1)]
+    assert of_a_window == pytest.approx([of_a_window[0], of_a_window[0], 2 * of_a_window[0]])
+    assert seconds(1, 1, 0) < seconds(together, 1, 0) < seconds(together + 1, 1, 0)
 
 
 def test_what_the_model_does_not_know(monkeypatch):

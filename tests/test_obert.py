@@ -92,27 +92,47 @@ def test_prunes_by_the_curve_nested_and_zero(kind, pattern):
     assert counts == want and counts[-1] == sk.keep_count(groups, 0.8)
 
 
-def test_first_update_by_hand():
-    """Three gradients, one layer: scores of the dense computation choose, and the others move."""
+@pytest.mark.parametrize("window", [2, 3])
+def test_updates_by_hand(window):
+    """Updates at steps 3 and 6 of one layer: scores of the dense computation choose, and the others move."""
     torch.manual_seed(0)
     model = nn.Linear(8, 1, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    sparsifier = make()().attach(model, optimizer, verbose=False)
-    rows = [torch.randn(1, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)]
-    for row in rows:
+    sparsifier = make(gradients=window)().attach(model, optimizer, verbose=False)
+    rows = [torch.randn(1, 8, generator=torch.Generator().manual_seed(i)) for i in range(6)]
+    mask = torch.ones(8).bool()
+    for i, row in enumerate(rows):
         before = model.weight.detach() - 0.1 * row
         model.weight.grad = row.clone()
         optimizer.step()
         sparsifier.step()
-    stack = torch.cat(rows).double()
-    inverse = torch.linalg.inv(1e-3 * torch.eye(8).double() + stack.T @ stack / 3)
-    w = before[0].double()
-    scores = 0.5 * w**2 / inverse.diagonal()
-    gone = scores.argsort()[:3]
-    assert torch.equal(~sparsifier.masks.bool("weight")[0], torch.zeros(8).bool().index_fill(0, gone, True))
-    want = w - sum(inverse[:, q] * w[q] / inverse[q, q] for q in gone)
-    want[gone] = 0
-    torch.testing.assert_close(model.weight.detach()[0].double(), want, rtol=1e-3, atol=1e-4)
+        if i not in (2, 5):
+            continue
+        # The last gradients of live weights.
+        stack = torch.cat(rows[i + 1 - window : i + 1]).double() * mask
+        inverse = torch.linalg.inv(1e-3 * torch.eye(8).double() + stack.T @ stack / window)
+        w = before[0].double() * mask
+        scores = torch.where(mask, 0.5 * w**2 / inverse.diagonal(), float("inf"))
+        gone = scores.argsort()[:3]
+        mask = mask.index_fill(0, gone, False)
+        assert torch.equal(sparsifier.masks.bool("weight")[0], mask)
+        want = w - sum(inverse[:, q] * w[q] / inverse[q, q] for q in gone)
+        torch.testing.assert_close(model.weight.detach()[0].double(), want * mask, rtol=1e-3, atol=1e-4)
+
+
+def test_a_pruned_weight_never_returns_not_even_in_a_tie():
+    model, optimizer, sparsifier = setup(make())
+    iterate(model, optimizer, sparsifier, 0, 3)
+    before = {n: sparsifier.masks.bool(n) for n in sparsifier.masks}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_(), optimizer.state[p].clear()
+    for _ in range(3):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        sparsifier.step()
+    assert sparsifier.updates == 2 and all((sparsifier.masks.bool(n) <= before[n]).all() for n in before)
 
 
 def test_bad_input_is_named():
@@ -134,3 +154,5 @@ def test_bad_input_is_named():
     model = network()
     published.attach(model, OPTIMIZERS["sgd"](model.parameters()), verbose=False)
     assert list(published.schedule.steps()) == [20, 60, 100, 140, 180, 220, 260]
+    short = setup(lambda: sk.OBERT(0.9, sk.update_schedule(total_steps=3)))[2]
+    assert list(short.schedule.steps()) == [1, 2, 3]

@@ -54,12 +54,27 @@ def test_patterns_are_taken_or_refused(name, pattern):
             assert all(bool((b.sum(1) == min(2, b.shape[1])).all()) for b in mask.split(4, 1))
 
 
+def test_names_that_share_a_class_differ_in_what_the_paper_says():
+    build = lambda name, **options: sk.build_method(name, 0.9, epochs=64, steps_per_epoch=10, **options)  # noqa: E731
+    assert build("gmp").allocation.layer_sparsity == {}
+    assert build("extended-gmp").allocation.layer_sparsity == {"first": 0.0, "last": 0.8}
+    assert [build(name).sigma for name in ("st3", "st3-sigma")] == [False, True]
+    assert [build(name).alpha for name in ("topkast", "powerpropagation-topkast")] == [1.0, 2.0]
+    assert build("topkast").backward_sparsity == 0.8
+    assert build("powerpropagation")._schedule.edges == (500,)  # 25/32 of 640 steps
+    assert build("granet").initial == 0.5 and build("obert").initial == 0.7
+    assert sk.build_method("obert", 0.6, epochs=64, steps_per_epoch=10).initial == 0.6
+    assert [len(build("acdc", rule=rule)._schedule.phase_list()) for rule in ("reference", "proportional")] == [8, 16]
+    assert build("step").total_steps == 640 and build("sr-ste").pattern == "1:10"
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"name": "magic"}, "name must be one of"),
         ({"sparsity": 1.5}, "sparsity must be a number from 0"),
         ({"epochs": 0}, "epochs must be a finite number"),
+        ({"name": "powerpropagation", "epochs": 1, "steps_per_epoch": 1}, "must be at least 2 steps, one dense"),
         ({"steps_per_epoch": 0}, "steps_per_epoch must be a whole number of at least 1"),
         ({"name": "sr-ste", "sparsity": 1.0}, "sparsity must be below 1 for sr-ste"),
         ({"name": "sr-ste", "sparsity": 0.9, "pattern": "2:4"}, "sparsity must be 0.5 or left out"),

@@ -189,6 +189,18 @@ def test_random_masks_do_not_follow_weights_of_the_same_seed(seed):
         assert abs(float(above[sparsifier.masks.bool(name)].float().mean()) - 0.5) < 0.04  # four deviations
 
 
+@pytest.mark.parametrize("sparsity", [0.95, 0.98])
+def test_random_masks_overlap_as_independent_ones_do(sparsity):
+    sets = []
+    for seed in (0, 1):
+        layer = nn.Linear(1000, 1000, bias=False)
+        sparsifier = sk.SET(sparsity, UpdateSchedule(1, 1, 1, 2), seed=seed)
+        sparsifier.attach(layer, torch.optim.SGD(layer.parameters(), lr=0.1), verbose=False)
+        sets.append(sparsifier.masks)
+    density = 1 - sparsity
+    assert sets[0].overlap(sets[1]) == pytest.approx(density / (2 - density), rel=0.05)
+
+
 def test_set_grows_at_random_whatever_the_gradient():
     grown = []
     for seed in (1, 2):

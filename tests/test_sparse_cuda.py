@@ -124,7 +124,7 @@ def test_what_the_kernels_do_not_take_is_dense_and_said_once(reason, change):
     torch.testing.assert_close(found[1], torch.nn.functional.conv2d(x, w, None, 1, 1, dilation, groups))
 
 
-DOUBLE = "dense: torch.float64: the sparse kernels are float32, and forward with pattern 4x1 float16 and bfloat16"
+DOUBLE = "dense: torch.float64: the sparse kernels are float32, and with pattern 4x1 float16 and bfloat16"
 
 
 @pytest.mark.parametrize(
@@ -136,6 +136,7 @@ DOUBLE = "dense: torch.float64: the sparse kernels are float32, and forward with
         (torch.nn.Conv2d(4, 8, 3, dilation=8), (30, 30), "sparse 4x1, backward dense: the window of the convolution"),
         (torch.nn.Linear(9, 8, dtype=torch.float64), (9,), DOUBLE),
         (torch.nn.Conv2d(4, 8, 3), (9, 9), "sparse 4x1"),
+        (torch.nn.Conv2d(4, 8, 3, dtype=torch.half), (9, 9), "sparse 4x1, backward of the input dense: torch.float16"),
     ],
 )
 def test_the_report_names_the_layer_that_falls_back(module, size, said):

@@ -23,6 +23,7 @@ def dense_path_is_an_error(monkeypatch):
     monkeypatch.setattr(sparse_cuda, "_told", set())
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "sparse_.* on CUDA runs as a dense operator")
+        warnings.filterwarnings("ignore", "sparse_.* of the input on CUDA runs as a dense operator")
         yield
 
 
@@ -65,6 +66,77 @@ def test_every_order_of_threads_gives_the_same_right_result(case, dtype):
     assert_close(results[0], exact, mask[0].numel())
     assert results[0].is_contiguous(memory_format=LAST)
     assert all(torch.equal(again, results[0]) for again in results[1:])
+
+
+def weight_gradient(run, x, w, grad):
+    """Of a function of an input and a weight."""
+    w = w.detach().clone().requires_grad_()
+    return torch.autograd.grad(run(x, w), w, grad)[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_every_order_of_threads_gives_the_same_right_gradient(case, dtype):
+    out, channels, kernel, size, *geometry, batch = case
+    w, mask, s = layer((out, channels, *([kernel] * 2 if isinstance(kernel, int) else kernel)), dtype)
+    x = torch.randn(batch, channels, *size).to(dtype).to(memory_format=LAST)
+    dense = lambda x, w: torch.nn.functional.conv2d(x, w, None, *geometry)  # noqa: E731
+    grad = torch.randn_like(dense(x.float(), w.float()).to(dtype))
+    exact = weight_gradient(dense, x.double(), w.double(), grad.double())
+    results = []
+    for order in (0, 1, 2):
+        with emulated_cuda.installed(order):
+            results.append(weight_gradient(lambda x, w: sk.ops.sparse_conv2d(x, w, s, None, *geometry), x, w, grad))
+    assert_close(results[0], torch.where(mask, exact, 0), grad[:, 0].numel())
+    assert all(torch.equal(again, results[0]) for again in results[1:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 1.0])
+def test_gradients_of_any_density_weight_and_memory_format(sparsity, dtype):
+    w, mask, s = layer((72, 20, 3, 3), dtype, sparsity)  # two blocks of threads, 12 steps of columns where all are kept
+    x, grad = torch.randn(2, 20, 6, 5).to(dtype), torch.randn(2, 72, 6, 5).to(dtype)
+    exact = weight_gradient(lambda x, w: torch.nn.functional.conv2d(x, w, None, 1, 1), x.double(), w.double(), grad)
+    with emulated_cuda.installed(1):
+        run = lambda x, w, form=LAST: weight_gradient(  # noqa: E731
+            lambda x, w: sk.ops.sparse_conv2d(x, w, s, None, 1, 1), x, w, grad.to(memory_format=form)
+        )
+        found, packed = run(x, w), run(x, s.pack(w))
+        assert torch.equal(run(x.to(memory_format=LAST), w.to(memory_format=LAST), torch.contiguous_format), found)
+    assert_close(found, torch.where(mask, exact, 0), 60)
+    assert not found[~mask].any() and torch.equal(packed, s.pack(found))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 9, 530])
+def test_gradients_of_linear(rows, dtype):
+    w, mask, s = layer((68, 44), dtype, 0.7)
+    x, grad = torch.randn(rows, 44).to(dtype).requires_grad_(), torch.randn(rows, 68).to(dtype)
+    w.requires_grad_()
+    with emulated_cuda.installed(2):
+        slopes = torch.autograd.grad(sk.ops.sparse_linear(x, w, s), (x, w), grad)
+    kept = torch.where(mask, w, 0).double()
+    assert_close(slopes[0], grad.double() @ kept, 68)
+    assert_close(slopes[1], torch.where(mask, grad.double().t() @ x.double(), 0), rows)
+
+
+def test_a_block_of_threads_takes_tile_after_tile():
+    w, mask, s = layer((260, 260), torch.bfloat16, 0.9)  # in 45 blocks of threads, so that 13 tiles are split in 11
+    x, grad = torch.randn(3100, 260).bfloat16(), torch.randn(3100, 260).bfloat16()
+    with emulated_cuda.installed(2):
+        found = weight_gradient(lambda x, w: sk.ops.sparse_linear(x, w, s), x, w, grad)
+    assert_close(found, torch.where(mask, grad.double().t() @ x.double(), 0), 3100)
+
+
+def test_infinite_pixels_reach_no_gradient_that_they_are_no_part_of():
+    w, mask, s = layer((4, 3, 3, 3), torch.float16, 0.0)
+    x, grad = torch.randn(1, 3, 11, 11).half(), torch.randn(1, 4, 9, 9).half()
+    x[..., -1, -1] = torch.inf  # of the last output alone, and beside pixels of a tile that are not there
+    dense = weight_gradient(torch.nn.functional.conv2d, x.float(), w.float(), grad.float())
+    assert dense.isfinite().sum() == 4 * 3 * 8
+    with emulated_cuda.installed():
+        found = weight_gradient(lambda x, w: sk.ops.sparse_conv2d(x, w, s), x, w, grad)
+    torch.testing.assert_close(found.float(), dense, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -114,5 +186,7 @@ def test_other_patterns_and_gradients_are_dense_and_say_so(pattern):
         torch.testing.assert_close(torch.autograd.grad(found.sum(), x)[0], slope)
     torch.testing.assert_close(found, exact, rtol=2e-3, atol=2e-3)
     texts = [str(t.message) for t in told if "runs as a dense operator" in str(t.message)]
-    assert len(texts) == 1 and "torch.float16: the sparse kernels are float32" in texts[0]  # a reason is said once
-    assert texts[0].startswith("sparse_conv2d_backward on" if pattern == "4x1" else "sparse_conv2d on")
+    assert len(texts) == 1  # a reason is said once
+    said = ("sparse_conv2d_backward of the input on", "that kernel is float32")
+    first, why = said if pattern == "4x1" else ("sparse_conv2d on", "the sparse kernels are float32, and")
+    assert texts[0].startswith(first) and f"torch.float16: {why}" in texts[0]

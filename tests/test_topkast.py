@@ -3,7 +3,7 @@
 import pytest
 import torch
 from method_helpers import gradients, setup
-from method_steps import OPTIMIZERS, iterate, network
+from method_steps import OPTIMIZERS, iterate, network, resumed_from
 
 import sparsekern as sk
 from sparsekern.methods.powerpropagation import change_power, power
@@ -102,6 +102,9 @@ def test_attach_keeps_the_function_and_zero_stays_zero():
     sparsifier.set_alpha(1.5)
     torch.testing.assert_close(model(x), before)
     assert not model[3].weight[0].any()
+    assert not any(m.any() for n in sparsifier.masks for m in sparsifier.momentum(sparsifier.masks.parameter(n)))
+    again = resumed_from((model, optimizer, sparsifier), setup(lambda: sk.Powerpropagation(3.0)))
+    torch.testing.assert_close(again[0].eval()(x), model(x), rtol=0, atol=0)
 
 
 def test_powerpropagation_prunes_by_theta_and_holds_the_mask():

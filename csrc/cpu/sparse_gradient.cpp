@@ -54,8 +54,9 @@ void pack_tile(const Grid& grid, const Tiling& t, int64_t tile, const Image<cons
       const int64_t plane = i / per_plane, first = i % per_plane * kPackChannels;
       if (plane != held) grid.inputs(runs, span, from, t.tile + grid.reach, plane, input.strides);
       held = plane;
-      pack_runs({input.data + first * input.strides.channel, input.strides}, grid.columns.stride, runs,
-                std::min(kPackChannels, channels - first), activations + (plane * channels + first) * t.width, t.width);
+      pack_runs(Image<const float>{input.data + first * input.strides.channel, input.strides}, grid.columns.stride,
+                runs, std::min(kPackChannels, channels - first), activations + (plane * channels + first) * t.width,
+                t.width);
     }
   });
 }

@@ -39,9 +39,6 @@ SparseLimits limits() {
   return found;
 }
 
-// Channels are neighbours and pixels are not.
-bool channels_last(const Strides& s) { return s.channel == 1 && s.column != 1; }
-
 template <class T>
 class Product {
  public:
@@ -209,91 +206,6 @@ Tiling::Tiling(const Grid& grid, int64_t channels, int64_t lanes, int64_t most) 
   if (tile > most * lanes && width / 16 % 2 == 0) width += std::max<int64_t>(lanes, 16);
   count = per_span * grid.spans;
   part = ceil_divide(tile / lanes, ceil_divide(tile / lanes, most)) * lanes;
-}
-
-namespace {
-
-// The kernels for images of one type.
-struct PackFloat {
-  decltype(Kernels::sparse_pack) pack = kernels().sparse_pack;
-  decltype(Kernels::sparse_pack_last) pack_last = kernels().sparse_pack_last;
-  decltype(Kernels::sparse_unpack_last) unpack_last = kernels().sparse_unpack_last;
-};
-struct PackBFloat16 {
-  decltype(Kernels::sparse_pack_bf16) pack = kernels().sparse_pack_bf16;
-  decltype(Kernels::sparse_pack_last_bf16) pack_last = kernels().sparse_pack_last_bf16;
-  decltype(Kernels::sparse_unpack_last_bf16) unpack_last = kernels().sparse_unpack_last_bf16;
-};
-template <class T>
-using Pack = std::conditional_t<std::is_same_v<T, float>, PackFloat, PackBFloat16>;
-
-template <class T>
-void pack(const Image<const T>& input, int64_t step, const std::vector<SparseRun>& runs, int64_t channels,
-          float* packed, int64_t width) {
-  thread_local std::vector<const T*> pixels;
-  const Strides& s = input.strides;
-  if (!channels_last(s)) {
-    Pack<T>().pack(input.data, s.channel, s.column * step, runs.data(), int64_t(runs.size()), channels, packed, width);
-    return;
-  }
-  pixels.assign(width, nullptr);
-  for (const SparseRun& run : runs) {
-    for (int64_t i = 0; i < run.count; ++i) pixels[run.packed + i] = input.data + run.image + i * s.column * step;
-  }
-  Pack<T>().pack_last(pixels.data(), width, channels, packed, width);
-}
-
-template <class T>
-void unpack(const float* packed, int64_t width, int64_t count, const std::vector<SparseRun>& runs, int64_t channels,
-            int64_t step, const Image<T>& output, bool stream) {
-  thread_local std::vector<T*> pixels;
-  const Strides& s = output.strides;
-  if (!channels_last(s)) {
-    const int64_t count_runs = int64_t(runs.size()), pixel = s.column * step;
-    if constexpr (std::is_same_v<T, float>) {
-      kernels().sparse_unpack(packed, width, runs.data(), count_runs, channels, output.data, s.channel, pixel, stream);
-    } else {
-      kernels().sparse_unpack_bf16(packed, width, runs.data(), count_runs, channels, output.data, s.channel, pixel);
-    }
-    return;
-  }
-  pixels.assign(count, nullptr);
-  for (const SparseRun& run : runs) {
-    for (int64_t i = 0; i < run.count; ++i) pixels[run.packed + i] = output.data + run.image + i * s.column * step;
-  }
-  Pack<T>().unpack_last(packed, width, pixels.data(), count, channels);
-}
-
-}  // namespace
-
-void pack_runs(const Image<const float>& input, int64_t step, const std::vector<SparseRun>& runs, int64_t channels,
-               float* packed, int64_t width) {
-  pack(input, step, runs, channels, packed, width);
-}
-
-void pack_runs(const Image<const BFloat16>& input, int64_t step, const std::vector<SparseRun>& runs, int64_t channels,
-               float* packed, int64_t width) {
-  pack(input, step, runs, channels, packed, width);
-}
-
-void unpack_runs(const float* packed, int64_t width, int64_t count, const std::vector<SparseRun>& runs,
-                 int64_t channels, int64_t step, const Image<float>& output, bool stream) {
-  unpack(packed, width, count, runs, channels, step, output, stream);
-}
-
-void unpack_runs(const float* packed, int64_t width, int64_t count, const std::vector<SparseRun>& runs,
-                 int64_t channels, int64_t step, const Image<BFloat16>& output) {
-  unpack(packed, width, count, runs, channels, step, output, false);
-}
-
-NumberedRows numbered_rows(const std::vector<SparseRun>& runs, int64_t count, const Image<const float>& image,
-                           int64_t begin, int64_t channels, int64_t width, Buffer<float>& buffer) {
-  const Strides& s = image.strides;
-  const float* const first = image.data + begin * s.channel;
-  if (s.column == 1 && runs.size() == 1 && runs[0].count == count) return {first + runs[0].image, s.channel};
-  float* const packed = buffer.get(channels * width);
-  pack_runs({first, s}, 1, runs, channels, packed, width);
-  return {packed, width};
 }
 
 void check_offsets(int64_t rows, int64_t width) {

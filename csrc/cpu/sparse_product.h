@@ -1,17 +1,8 @@
 // Planned rows times the activations of a grid: what convolution, linear layers and input gradients run on.
 #pragma once
-#include <cstdint>
-
-#include "sparse_buffer.h"
-#include "sparse_grid.h"
+#include "sparse_image.h"
 
 namespace sparsekern {
-
-template <class T>
-struct Image {
-  T* data;
-  Strides strides;
-};
 
 // Results of more floats than this, 8 MiB, go past the caches, which saves reading them first.
 constexpr int64_t kStreamFloats = 1 << 21;
@@ -43,30 +34,6 @@ bool in_place(const Grid& grid, const Strides& s);
 inline const float* place(const Tiling& t, const Image<const float>& image, int64_t tile) {
   return image.data + tile / t.per_span * image.strides.batch + tile % t.per_span * t.tile;
 }
-
-// Packs `channels` rows of `width` floats; `step` pixels lie between the pixels of a run.
-void pack_runs(const Image<const float>& input, int64_t step, const std::vector<SparseRun>& runs, int64_t channels,
-               float* packed, int64_t width);
-void pack_runs(const Image<const BFloat16>& input, int64_t step, const std::vector<SparseRun>& runs, int64_t channels,
-               float* packed, int64_t width);
-
-// The inverse: `count` numbers of each row of `width` floats go where the runs say, gaps between them nowhere;
-// `stream`: past the caches, as far as whole cache lines do.
-void unpack_runs(const float* packed, int64_t width, int64_t count, const std::vector<SparseRun>& runs,
-                 int64_t channels, int64_t step, const Image<float>& output, bool stream = false);
-void unpack_runs(const float* packed, int64_t width, int64_t count, const std::vector<SparseRun>& runs,
-                 int64_t channels, int64_t step, const Image<BFloat16>& output);
-
-// Channels of an image in the order of the numbers of a grid, `width` floats apart.
-struct NumberedRows {
-  const float* data;
-  int64_t width;
-};
-
-// `count` numbers of channels [begin, begin + channels), whose pixels are `runs`: where they lie if they are neighbours
-// there, else packed into `buffer`, `width` floats apart, zeros where a number has no pixel.
-NumberedRows numbered_rows(const std::vector<SparseRun>& runs, int64_t count, const Image<const float>& image,
-                           int64_t begin, int64_t channels, int64_t width, Buffer<float>& buffer);
 
 // Raises unless `rows` rows of `width` floats can be addressed by a plan.
 void check_offsets(int64_t rows, int64_t width);

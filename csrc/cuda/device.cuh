@@ -10,12 +10,19 @@
 #include <cuda_runtime.h>
 
 #define SPARSEKERN_LAUNCH(kernel, grid, block, shared, stream, ...) \
+  sparsekern::allow_shared(kernel, shared);                         \
   kernel<<<(grid), (block), (shared), static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 #define SPARSEKERN_SHARED(type, name)                                 \
   extern __shared__ __align__(128) unsigned char sparsekern_shared[]; \
   type* const name = reinterpret_cast<type*>(sparsekern_shared)
 
 namespace sparsekern {
+
+// More than 48 KiB of dynamic shared memory must be asked for; a refusal is an error of the launch.
+template <class... Arguments>
+inline void allow_shared(void (*kernel)(Arguments...), uint32_t bytes) {
+  if (bytes > 48 << 10) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
 
 // The error of the launches of this thread so far, 0 for none.
 inline int launch_status() { return cudaGetLastError(); }

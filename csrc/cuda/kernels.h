@@ -103,7 +103,8 @@ struct SparseImage {
 };
 
 constexpr int kSparseTaps = 64, kSparsePixels = 32, kSparseImages = 4, kSparseHalfImages = 8;
-constexpr uint32_t kSparseShared = 48 << 10;
+// Bytes of shared memory: what every GPU gives without being asked, and what two blocks on an sm_80 may have.
+constexpr uint32_t kSparseShared = 48 << 10, kSparseMoreShared = 80 << 10;
 
 // One output pixel (y, x) of the grid reads input pixels (y * stride + dy - top, x * stride + dx - left), dy and dx of
 // its taps. A tile of kSparsePixels pixels of kSparseImages images needs `halo_rows` x `halo_columns` input pixels; in
@@ -153,10 +154,13 @@ int sparse_weight_gradient(const SparseWeight& weight, const SparseGrid& grid, c
 
 // A weight of 4x1 blocks as operands of tensor cores, filled by sparse_pack_halves. Four rows of blocks are 16 rows of
 // the product, a "band". Of a band and a slab it holds the columns (a channel at a tap) that any block of the band is
-// in, 16 to a step, with zeros where a row has no block there; a band has room for `most` steps in each slab.
+// in, 16 to a step, with zeros where a row has no block there; a band has room for `most` steps in each slab. For a
+// product `blocks` and `elements` are null, for the gradient of the weight `values`.
 struct SparseBands {
   uint16_t* offsets;  // of each column in a slab
   void* values;       // of each step 32 times 16 bytes, one for each lane
+  int32_t* blocks;    // of each column four: the block of the weight in each row of the band, -1 for none
+  int64_t* elements;  // of each column: where it is in the first row of a weight that is not packed
   int32_t* steps;     // of band b and slab s at b * slabs + s
   int32_t slabs, most;
 };
@@ -165,5 +169,11 @@ int sparse_pack_halves(const SparseWeight& weight, const SparseGrid& grid, const
 // float16 or bfloat16 everywhere, sums in float32.
 int sparse_product_halves(Dtype dtype, const SparseWeight& weight, const SparseGrid& grid, const SparseBands& bands,
                           const SparseImage& input, const SparseImage& output, const void* bias, void* stream);
+// The grid must leave kGradientReserved bytes of kSparseMoreShared; `partial` has room for splits * weight.blocks
+// blocks of float32, `result` is of `dtype`.
+constexpr uint32_t kGradientReserved = 33808;
+int sparse_weight_gradient_halves(Dtype dtype, const SparseWeight& weight, const SparseGrid& grid,
+                                  const SparseBands& bands, const SparseImage& input, const SparseImage& gradient,
+                                  float* partial, int32_t splits, void* result, void* stream);
 
 }  // namespace sparsekern::cuda

@@ -125,7 +125,33 @@ std::optional<SparseGrid> forward_grid(const Ints& shape, const Ints& g, SparseI
                    forward_axis(output.width, shape[3], g[1], g[3], g[5]), input.channels, shared);
 }
 
-// The product on tensor cores. Of the memory for bands, as large as the dense weight, only what is used is touched.
+// A weight for tensor cores, packed. Of the memory, up to twice that of the dense weight, only what is used is touched.
+struct Bands {
+  SparseBands bands{};
+  Tensor values, blocks, elements, offsets, counts;
+
+  Bands(const SparseWeight& weight, const SparseGrid& grid, const Tensor& like, bool gradient, void* stream) {
+    bands.slabs = (weight.channels + grid.slab - 1) / grid.slab;
+    bands.most = (grid.slab * grid.taps + 15) / 16;
+    const int64_t parts = (weight.rows + 3) / 4 * int64_t{bands.slabs}, columns = parts * bands.most * 16;
+    offsets = torch::stable::new_empty(like, {columns}, ScalarType::Short);
+    counts = torch::stable::new_empty(like, {parts}, ScalarType::Int);
+    bands.offsets = static_cast<uint16_t*>(offsets.mutable_data_ptr());
+    bands.steps = counts.mutable_data_ptr<int32_t>();
+    if (gradient) {
+      blocks = torch::stable::new_empty(like, {columns * 4}, ScalarType::Int);
+      elements = torch::stable::new_empty(like, {columns}, ScalarType::Long);
+      bands.blocks = blocks.mutable_data_ptr<int32_t>();
+      bands.elements = elements.mutable_data_ptr<int64_t>();
+    } else {
+      values = torch::stable::new_empty(like, {columns * 8}, ScalarType::Int);
+      bands.values = values.mutable_data_ptr();
+    }
+    check_launch("sparse_conv2d", sparse_pack_halves(weight, grid, bands, stream));
+  }
+};
+
+// The product on tensor cores.
 bool product_halves(const Tensor& result, const Tensor& input, const Tensor& weight,
                     const std::vector<Tensor>& structure, const std::string& layout, const std::optional<Tensor>& bias,
                     const Ints& shape, const Ints& strides, const Ints& geometry) {
@@ -140,19 +166,10 @@ bool product_halves(const Tensor& result, const Tensor& input, const Tensor& wei
   if (!grid) return false;
   const OnDeviceOf device(result);
   const Layer layer(weight, structure, layout, shape, strides, false);
-  SparseBands bands{};
-  bands.slabs = (layer.weight.channels + grid->slab - 1) / grid->slab;
-  bands.most = (grid->slab * grid->taps + 15) / 16;
-  const int64_t parts = (layer.weight.rows + 3) / 4 * int64_t{bands.slabs}, steps = parts * bands.most;
-  Tensor values = torch::stable::new_empty(result, {steps * 32 * 4}, ScalarType::Int);
-  Tensor offsets = torch::stable::new_empty(result, {steps * 16}, ScalarType::Short);
-  Tensor counts = torch::stable::new_empty(result, {parts}, ScalarType::Int);
-  bands.values = values.mutable_data_ptr();
-  bands.offsets = static_cast<uint16_t*>(offsets.mutable_data_ptr());
-  bands.steps = counts.mutable_data_ptr<int32_t>();
-  check_launch("sparse_conv2d", sparse_pack_halves(layer.weight, *grid, bands, device.stream));
-  check_launch("sparse_conv2d", sparse_product_halves(dtype_of("sparse_conv2d", result), layer.weight, *grid, bands, in,
-                                                      out, bias ? bias->const_data_ptr() : nullptr, device.stream));
+  const Bands packed(layer.weight, *grid, result, false, device.stream);
+  check_launch("sparse_conv2d",
+               sparse_product_halves(dtype_of("sparse_conv2d", result), layer.weight, *grid, packed.bands, in, out,
+                                     bias ? bias->const_data_ptr() : nullptr, device.stream));
   return true;
 }
 
@@ -209,9 +226,44 @@ bool sparse_input_gradient_cuda(Tensor result, Tensor grad, Tensor weight, std::
   return true;
 }
 
+// Into how many parts the tiles of a weight's gradient are split: four blocks of threads, `others` for each part, for
+// each of the 132 multiprocessors of the largest GPU at hand when this was written.
+int32_t splits_of(const SparseGrid& grid, int64_t images, int64_t images_of_tile, int64_t others) {
+  const int64_t tiles = ((grid.rows + grid.tile_rows - 1) / grid.tile_rows) *
+                        ((grid.columns + grid.tile_columns - 1) / grid.tile_columns) *
+                        ((images + images_of_tile - 1) / images_of_tile);
+  return static_cast<int32_t>(std::clamp<int64_t>(528 / others, 1, std::min<int64_t>(tiles, 65535)));
+}
+
+// The gradient of the weight on tensor cores.
+bool weight_gradient_halves(Tensor& result, const Tensor& grad, const Tensor& input,
+                            const std::vector<Tensor>& structure, const std::string& layout, const Ints& shape,
+                            const Ints& strides, const Ints& geometry) {
+  const ScalarType type = result.scalar_type();
+  SparseImage in = image_of(input, type), out = image_of(grad, type);
+  STD_TORCH_CHECK(layout == "4x1" && shape[0] % 4 == 0, "sparsekern: 16-bit operands must be of 4x1 blocks");
+  const std::optional<SparseGrid> grid =
+      forward_grid(shape, geometry, in, out, kSparseMoreShared - kGradientReserved, kSparseHalfImages);
+  if (!grid) return false;
+  const OnDeviceOf device(result);
+  const Layer layer(std::nullopt, structure, layout, shape, strides, false);
+  if (layer.weight.blocks == 0) return true;
+  const Bands packed(layer.weight, *grid, result, true, device.stream);
+  const int32_t splits = splits_of(*grid, out.images, kSparseHalfImages, packed.bands.slabs * ((shape[0] + 63) / 64));
+  Tensor partial = torch::stable::new_empty(result, {splits * int64_t{layer.weight.blocks} * 4}, ScalarType::Float);
+  check_launch("sparse_conv2d_backward",
+               sparse_weight_gradient_halves(dtype_of("sparse_conv2d_backward", result), layer.weight, *grid,
+                                             packed.bands, in, out, partial.mutable_data_ptr<float>(), splits,
+                                             result.mutable_data_ptr(), device.stream));
+  return true;
+}
+
 // The caller has zeroed `result`, of which `strides` are.
 bool sparse_weight_gradient_cuda(Tensor result, Tensor grad, Tensor input, std::vector<Tensor> structure,
                                  std::string layout, Ints shape, Ints strides, Ints geometry) {
+  if (const ScalarType type = result.scalar_type(); type == ScalarType::Half || type == ScalarType::BFloat16) {
+    return weight_gradient_halves(result, grad, input, structure, layout, shape, strides, geometry);
+  }
   SparseImage in = image_of(input), out = image_of(grad);
   constexpr uint32_t kReserved = 17408;  // the gradients of a tile, and a little that is static
   const std::optional<SparseGrid> grid = forward_grid(shape, geometry, in, out, kSparseShared - kReserved);
@@ -220,17 +272,12 @@ bool sparse_weight_gradient_cuda(Tensor result, Tensor grad, Tensor input, std::
   Layer layer(std::nullopt, structure, layout, shape, strides, false);
   if (layer.weight.blocks == 0) return true;
   layer.pack(*grid, result, true, device.stream);
-  const int64_t tiles = ((grid->rows + grid->tile_rows - 1) / grid->tile_rows) *
-                        ((grid->columns + grid->tile_columns - 1) / grid->tile_columns) *
-                        ((int64_t{out.images} + kSparseImages - 1) / kSparseImages);
-  // Four blocks for each of the 132 multiprocessors of the largest GPU at hand when this was written.
-  const int64_t others = layer.packed.slabs * ((shape[0] + 31) / 32);
-  const int64_t splits = std::clamp<int64_t>(528 / others, 1, std::min<int64_t>(tiles, 65535));
+  const int32_t splits = splits_of(*grid, out.images, kSparseImages, layer.packed.slabs * ((shape[0] + 31) / 32));
   const int64_t size = layer.weight.blocks * int64_t{layer.weight.tall} * layer.weight.wide;
   Tensor partial = torch::stable::new_empty(result, {splits * size}, ScalarType::Float);
   check_launch("sparse_conv2d_backward",
                sparse_weight_gradient(layer.weight, *grid, layer.packed, in, out, partial.mutable_data_ptr<float>(),
-                                      int32_t(splits), result.mutable_data_ptr<float>(), device.stream));
+                                      splits, result.mutable_data_ptr<float>(), device.stream));
   return true;
 }
 

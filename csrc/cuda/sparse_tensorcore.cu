@@ -13,7 +13,7 @@ constexpr int kBandRows = 4, kStep = 16;  // rows of blocks of a band, columns o
 constexpr int kPackThreads = 32 * kBandRows;
 
 // Which block of the weight is in a column of each of the rows of a band, -1 for none.
-struct Column {
+struct alignas(16) Column {
   int32_t block[kBandRows];
 };
 
@@ -52,16 +52,21 @@ __device__ __forceinline__ int list_columns(const Column* table, int columns, ui
   return found;
 }
 
+// Where a column of this slab is in the first row of the weight.
+__device__ __forceinline__ int64_t element_of(const SparseWeight& w, const SparseGrid& grid, int column) {
+  const int channel = blockIdx.x * grid.slab + column / grid.taps, tap = column % grid.taps;
+  return channel * w.channel_step + tap / w.kernel_columns * w.tap_row_step +
+         tap % w.kernel_columns * w.tap_column_step;
+}
+
 // The weight in one row of a band and one column, 0 where no block is; weights off the mask are not read.
 __device__ __forceinline__ uint32_t weight_at(const SparseWeight& w, const SparseGrid& grid, const Column* table,
                                               uint32_t column, int row) {
   const int block = table[column].block[row / 4];
   if (block < 0) return 0;
-  const int channel = blockIdx.x * grid.slab + static_cast<int>(column) / grid.taps,
-            tap = static_cast<int>(column) % grid.taps;
-  const int64_t element = (int64_t{blockIdx.y} * kBandRows + row / 4) * w.row_step + channel * w.channel_step +
-                          tap / w.kernel_columns * w.tap_row_step + tap % w.kernel_columns * w.tap_column_step;
-  const int64_t at = w.packed ? int64_t{block} * 4 : element;
+  const int64_t row_of_blocks = int64_t{blockIdx.y} * kBandRows + row / 4;
+  const int64_t at =
+      w.packed ? int64_t{block} * 4 : row_of_blocks * w.row_step + element_of(w, grid, static_cast<int>(column));
   return static_cast<const uint16_t*>(w.data)[at + row % 4 * w.inner_step];
 }
 
@@ -85,7 +90,11 @@ __global__ void __launch_bounds__(kPackThreads)
     const int column = i < found ? static_cast<int>(list[i]) : 0;
     bands.offsets[first * kStep + i] =
         static_cast<uint16_t>(column / grid.taps * grid.channel_step + grid.tap_offset[column % grid.taps]);
+    if (!bands.blocks) continue;
+    reinterpret_cast<Column*>(bands.blocks)[first * kStep + i] = i < found ? table[column] : Column{{-1, -1, -1, -1}};
+    bands.elements[first * kStep + i] = element_of(w, grid, column);
   }
+  if (!bands.values) return;
   for (int i = threadIdx.x; i < steps * 32; i += kPackThreads) {
     const int lane = i % 32;
     uint32_t part_of_lane[4];  // as mma.m16n8k16 wants its first operand

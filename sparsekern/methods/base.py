@@ -10,15 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparsekern.masks import MaskSet, normalise
+from sparsekern.methods.attached import claim, release, sparsifier_of
 from sparsekern.methods.selection import check_patterns, prunable_weights
 
 # First moments: what the papers call momentum. Second moments survive a reset.
 _MOMENTUM_KEYS = ("momentum_buffer", "exp_avg")
-# Parameters of attached models: a wrapper or a part of an attached model holds the same ones.
-_attached = WeakTensorKeyDictionary()
 
 
 class Sparsifier:
@@ -53,6 +51,10 @@ class Sparsifier:
     def needs_dense_gradient(self) -> bool:
         """Whether the step now being taken reads the gradient of pruned weights too; `accelerate` then runs dense."""
         return False
+
+    def masks_are_current(self) -> bool:
+        """Whether what `masks` leaves out is surely zero in a forward pass now; if not, `accelerate` runs dense."""
+        return bool(self._handles)
 
     def _before_step(self) -> bool:
         """Called before every step of the optimizer, with all gradients there; True if this replaces the step.
@@ -99,7 +101,7 @@ class Sparsifier:
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        if self._handles or any(p in _attached for p in model.parameters()):
+        if self._handles or any(sparsifier_of(p) is not None for p in model.parameters()):
             raise ValueError("model: a sparsifier is attached to it already; call its finalize() first")
         if len(getattr(optimizer, "masks", ())):
             raise ValueError("optimizer: has masks already, and a sparsifier sets its own; build it without masks")
@@ -126,8 +128,7 @@ class Sparsifier:
             self.optimizer.register_step_post_hook(self._after_optimizer_step),
             *(self.masks.parameter(n).register_post_accumulate_grad_hook(self._saw_gradient) for n in self.masks),
         ]
-        for parameter in self.model.parameters():
-            _attached[parameter] = True
+        claim(self.model, self)
 
     def layers(self) -> str:
         """A table of the prunable weights: name, shape, count, live share."""
@@ -295,6 +296,5 @@ class Sparsifier:
         for handle in self._handles:
             handle.remove()
         self._handles, self._pruned = [], {}
-        for parameter in self.model.parameters():
-            _attached.pop(parameter, None)
+        release(self.model)
         return self.model

@@ -48,16 +48,16 @@ class InverseFisher:
         """1/2 w_Q^T ((F^-1)_QQ)^-1 w_Q for each group Q, in the shape of the weight: what pruning Q costs the loss."""
         w = self._groups(self.split(weight))
         cost = 0.5 * (w * self._solve(w)).sum(-1, keepdim=True)
-        return self.join(cost.expand(w.shape).reshape(-1, self.block))
+        return self.join(cost.expand(w.shape).reshape(w.shape[0], self.block))
 
     def compensation(self, weight: Tensor, pruned: Tensor) -> Tensor:
         """-F^-1 E_Q ((F^-1)_QQ)^-1 w_Q summed over the groups Q where bool `pruned`; zero in padding."""
         w = self._groups(self.split(torch.where(pruned, weight.detach(), 0)))
-        solved = self._solve(w).reshape(-1, self.block)
+        solved = self._solve(w).reshape(w.shape[0], self.block)
         return self.join(-torch.einsum("bij,bj->bi", self.inverse, solved))
 
     def _groups(self, blocks: Tensor) -> Tensor:
-        return blocks.view(blocks.shape[0], -1, self.group)
+        return blocks.view(blocks.shape[0], self.block // self.group, self.group)
 
     def _solve(self, w: Tensor) -> Tensor:
         n, q = self.block // self.group, self.group

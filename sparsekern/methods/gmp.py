@@ -22,8 +22,9 @@ class GMP(IntervalSparsifier):
 
     The curve runs from `initial` at the first update to `sparsity` at the last. `schedule` is an
     `update_schedule(epochs)`, by default from 10/32 to 25/32 of the run, every 1/32: the ratios of the magnitude
-    pruning baseline of google-research/rigl. `pattern`, `distribution` and `layer_sparsity` are described in
-    `sparsekern.methods.allocation` ("erk" is refused); a layer's own sparsity is reached by the same curve.
+    pruning baseline of google-research/rigl, for want of those of arXiv 2308.02060. `pattern`, `distribution` and
+    `layer_sparsity` are described in `sparsekern.methods.allocation` ("erk" is refused); a layer's own sparsity is
+    reached by the same curve.
     """
 
     DEFAULTS = (10 / 32, 25 / 32, 1 / 32)

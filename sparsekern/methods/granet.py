@@ -18,7 +18,8 @@ class GraNet(Regrowing):
     An update follows the optimizer's step. It prunes by one ranking over all layers to a sparsity that rises cubically
     from `initial` (0.5; 0 for the dense start) at the beginning of the run to `sparsity` at the share `prune_stop`;
     then it drops and grows by gradient, a share that falls from 0.5 to 0.005. Layers with a sparsity of their own have
-    it from the start. The first masks are random, by `distribution`. The other arguments are those of `Regrowing`.
+    it from the start. The first masks are random, by `distribution`. Counts are exact, where the published code keeps
+    all weights tied at a threshold. The other arguments are those of `Regrowing`.
     """
 
     DEFAULTS = (None, 1.0, 4000)

@@ -93,6 +93,9 @@ class Powerpropagation(EffectiveSparsifier):
             weight = self.masks.parameter(name)
             weight.copy_(change_power(weight, 1, self.alpha))
 
+    def needs_dense_gradient(self) -> bool:
+        return False  # what is pruned has none
+
     def effective(self, name: str, weight: Tensor) -> Tensor:
         return torch.where(self.kept(name, weight), power(weight, self.alpha), 0)
 

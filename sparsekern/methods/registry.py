@@ -86,14 +86,16 @@ def _unchosen(cls: type[Sparsifier]) -> Callable[..., Sparsifier]:
 
 
 def _topkast(sparsity: float, length: Length, **rest: Any) -> Sparsifier:
-    # Twice the forward density trains, as at 90% forward and 80% backward.
+    """Twice the forward density trains, a choice of this package: 80% backward at 90% forward."""
     backward = rest.pop("backward_sparsity", float(max(2 * check_sparsity(sparsity) - 1, Fraction(0))))
     return TopKAST(sparsity, backward, **rest)
 
 
 def _powerpropagation(sparsity: float, length: Length, **rest: Any) -> Sparsifier:
-    """Dense for 25/32 of the run, where gradual pruning ends too, then pruned by |theta| and held."""
+    """Dense for 25/32 of the run, where gradual pruning ends too, then pruned by |theta| and held: our choice."""
     total = length.total_steps
+    if total < 2:
+        raise ValueError(f"epochs * steps_per_epoch must be at least 2 steps, one dense and one sparse, got {total}")
     edge = min(max(1, round(Fraction(25, 32) * total)), total - 1)
     spans = (PhaseSpan(0, edge, Dense()), PhaseSpan(edge, total, Sparse(sparsity)))
     return Powerpropagation(**{"schedule": PhaseSchedule(spans), **rest})

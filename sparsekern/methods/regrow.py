@@ -20,11 +20,11 @@ from sparsekern.updates import UpdatePlan, UpdateSchedule, cosine
 class Regrowing(IntervalSparsifier):
     """Starts from random masks; an update drops the smallest live weights of a layer and grows as many others.
 
-    The share dropped falls by a cosine from `drop_fraction` at step 0 to `last_fraction` at the end of updates. What
-    an update drops may be grown again by it, and then keeps value and momentum; a weight that was not live before
-    starts from zero with zero momentum. Ties go to the lowest index. A layer without a gradient is left as it is.
-    `seed` makes the random choices, equally on every device and rank. `pattern`, `distribution` ("erk" or "uniform")
-    and `layer_sparsity` are described in `sparsekern.methods.allocation`.
+    The share dropped falls by a cosine from `drop_fraction` at step 0 to `last_fraction` at the end of updates. What an
+    update drops may be grown again by it, and then keeps value and momentum; a weight that was not live before starts
+    from zero with zero momentum. Ties go to the lowest index (google-research/rigl adds noise). A layer without a
+    gradient is left as it is. `seed` makes the random choices, equally on every device and rank. `pattern`,
+    `distribution` ("erk" or "uniform") and `layer_sparsity` are described in `sparsekern.methods.allocation`.
     """
 
     BY_GRADIENT = True

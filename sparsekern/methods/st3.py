@@ -36,8 +36,9 @@ def soft_threshold(weight: Tensor, threshold: Tensor) -> Tensor:
 def quantile(sizes: Sequence[Tensor], ratio: float) -> Tensor:
     """The `ratio` quantile of all values of `sizes` (at least 0) together, by linear interpolation, in float64.
 
-    As torch.quantile, which is limited to 2^24 values and sorts them.
+    As torch.quantile, which is limited to 2^24 values and sorts them. There must be a value.
     """
+    sizes = [s for s in sizes if s.numel()]
     place = ratio * (sum(s.numel() for s in sizes) - 1)
     below = math.floor(place)
     packed = topk_mask(list(sizes), sum(s.numel() for s in sizes) - 1 - below)
@@ -94,7 +95,7 @@ class ST3(Ramped, EffectiveSparsifier):
         factors = {name: math.sqrt(sum(w.shape)) if self.sigma else 1.0 for name, w in weights.items()}
         ratio = self.ramp(self.position, self.sparsity)
         threshold = None
-        if ratio:
+        if ratio and any(w.numel() for w in weights.values()):
             sizes = [w.abs().mul_(factors[name]) if self.sigma else w.abs() for name, w in weights.items()]
             threshold = quantile(sizes, ratio)
         for name, w in weights.items():
@@ -104,6 +105,9 @@ class ST3(Ramped, EffectiveSparsifier):
     def effective(self, name: str, weight: Tensor) -> Tensor:
         from_store = weight.detach()
         return straight_through(weight, soft_threshold(from_store, to_device(self.thresholds[name], weight)))
+
+    def masks_are_current(self) -> bool:
+        return False  # they follow from weights, which move in every step
 
     def _sync_masks(self) -> None:
         for name in self.masks:

@@ -73,6 +73,9 @@ class STR(EffectiveSparsifier):
             self.learned.step(self.optimizer, first, gradients)
         return False
 
+    def masks_are_current(self) -> bool:
+        return False  # they follow from weights and thresholds, which move in every step
+
     @torch.no_grad()
     def _sync_masks(self) -> None:
         for name in self.masks:

@@ -30,7 +30,9 @@ class TopKAST(Repeated, EffectiveSparsifier):
     exploration penalty 1/2 |w|^2, with weight 1 on A, 1 / (1 - sparsity) on B without A and 0 elsewhere. It is part of
     the loss and so of the gradient; neuralmagic/sparseml applies it outside momentum. It stands in for weight decay,
     which, if the optimizer has one, acts on B. `alpha` above 1 trains powers of weights (see
-    `sparsekern.Powerpropagation`), ranked by |theta|. Momentum outside B is zero.
+    `sparsekern.Powerpropagation`), ranked by |theta|. Momentum outside B is zero. arXiv 2308.02060 runs it with the
+    layer rules of Extended GMP, `layer_sparsity={"first": 0.0, "last": 0.8}`; the densities of its backward sets are
+    not known.
     `pattern`, `distribution` and `layer_sparsity` as in `sparsekern.methods.allocation.Allocation`; a layer with a
     sparsity of its own has that in both sets.
     """

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsekern.masks import MaskSet
+from sparsekern.methods.attached import sparsifier_of
+from sparsekern.methods.base import Sparsifier
 from sparsekern.nn.layers import groups_of, run_sparse, structure_of, supported, why_dense
 from sparsekern.nn.roofline import predicted_speeds
 from sparsekern.nn.timing import Speeds, measured_speeds
 from sparsekern.ops import SparseStructure, fallbacks
-
-if TYPE_CHECKING:
-    from sparsekern.methods import Sparsifier
 
 Choice = Callable[[nn.Module, SparseStructure, Tensor], bool | Speeds]
 """(layer, structure of its mask, input) -> whether the sparse operator shall run it. Called once per layer, size of
@@ -37,7 +36,7 @@ class _Layer:
     mask_name: str
     choose: Choice
     plain: type[nn.Module]
-    needs_dense_gradient: Callable[[], bool]
+    sparsifier: Sparsifier | None
     version: int | None = None
     structure: SparseStructure | None = None
     decided_for: tuple[str, int] = ("", 0)
@@ -46,10 +45,10 @@ class _Layer:
 
     def structure_for(self, module: nn.Module, input: Tensor) -> SparseStructure | None:
         """The structure to run this call with, or None for dense; remembers why."""
-        self._follow_mask(module)
-        reason = "mask keeps every weight" if self.structure is None else why_dense(module, input)
-        if reason is None and torch.is_grad_enabled() and module.weight.requires_grad and self.needs_dense_gradient():
-            reason = "the method reads the gradient of pruned weights"
+        reason = self._why_method_runs_dense(module)
+        if reason is None:
+            self._follow_mask(module)
+            reason = "mask keeps every weight" if self.structure is None else why_dense(module, input)
         decision = self._decide(module, input) if reason is None else False
         speeds = f", {decision}" if isinstance(decision, Speeds) else ""
         if reason is None and not decision:
@@ -59,16 +58,27 @@ class _Layer:
             fallbacks.forget(self.structure.tensors)
         return None if reason else self.structure
 
+    def _why_method_runs_dense(self, module: nn.Module) -> str | None:
+        if self.sparsifier is None:
+            return None
+        if not self.sparsifier.masks_are_current():
+            return "the method's masks are not those of the forward pass"
+        learns = torch.is_grad_enabled() and module.weight.requires_grad
+        if learns and self.sparsifier.needs_dense_gradient():
+            return "the method reads the gradient of pruned weights"
+        return None
+
     def how(self) -> str:
         """How the last pass ran: what was meant, and what the operators made of it."""
         if not self.last.startswith("sparse"):
             return self.last
-        found = fallbacks.noted(self.structure.tensors)
-        back = next((why for name, why in found.items() if name.endswith("backward")), None)
-        forward = next((why for name, why in found.items() if not name.endswith("backward")), None)
-        if forward:
-            return f"dense: {forward}"
-        return f"{self.last}, backward dense: {back}" if back else self.last
+        text = self.last
+        for name, why in fallbacks.noted(self.structure.tensors).items():
+            _, backward, part = name.partition("_backward")
+            if not backward:
+                return f"dense: {why}"
+            text += f", backward{part} dense: {why}"
+        return text
 
     def _follow_mask(self, module: nn.Module) -> None:
         version, device = self.masks.version(self.mask_name), module.weight.device
@@ -134,8 +144,10 @@ def accelerate(model: nn.Module, sparsifier_or_masks: Sparsifier | MaskSet, choo
     A layer runs sparse, forward and backward, while its mask has zeros and `choose` (default: one measurement per
     layer, size of input and mask; `predicted_speeds` while a CUDA graph is captured) says so; else it runs as before,
     in particular in dense phases, in steps in which the method reads the gradient of pruned weights, under autocast and
-    inside torch.compile. Pruned weights count as zero, which they are under MaskedSGD and every sparsifier, and their
-    gradient is zero instead of unused. No second derivatives while a layer runs sparse.
+    inside torch.compile, under a method whose masks follow from weights that have moved since (STR, ST-3), and after
+    its `finalize`. Pruned weights count as zero, which they are under MaskedSGD and every sparsifier, and their
+    gradient is zero instead of unused. No second derivatives while a layer runs sparse. The `masks` of an attached
+    sparsifier stand for it.
 
     The modules stay the same objects with the same parameters, names and state dict; copies and pickles are plain.
     Layers outside the masks are left alone. `restore` undoes it; a second call replaces the first. Returns `model`.
@@ -143,7 +155,8 @@ def accelerate(model: nn.Module, sparsifier_or_masks: Sparsifier | MaskSet, choo
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    masks = getattr(sparsifier_or_masks, "masks", sparsifier_or_masks)
+    sparsifier = sparsifier_or_masks if isinstance(sparsifier_or_masks, Sparsifier) else None
+    masks = sparsifier_or_masks if sparsifier is None else getattr(sparsifier, "masks", None)
     if not isinstance(masks, MaskSet):
         raise TypeError(
             f"sparsifier_or_masks must be a MaskSet or an attached sparsifier, got {type(sparsifier_or_masks).__name__}"
@@ -156,10 +169,12 @@ def accelerate(model: nn.Module, sparsifier_or_masks: Sparsifier | MaskSet, choo
     chosen = [entry for entry in chosen if entry[2] is not None]
     if not chosen:
         raise ValueError(f"sparsifier_or_masks must mask a Conv2d or Linear of the model, got masks of {list(masks)}")
+    if sparsifier is None:
+        owners = (sparsifier_of(masks.parameter(name)) for name in masks)
+        sparsifier = next((owner for owner in owners if owner is not None and owner.masks is masks), None)
     restore(model)
-    needs_dense_gradient = getattr(sparsifier_or_masks, "needs_dense_gradient", lambda: False)
     for name, module, mask_name in chosen:
-        layer = _Layer(name, masks, mask_name, choose or measured_or_predicted, type(module), needs_dense_gradient)
+        layer = _Layer(name, masks, mask_name, choose or measured_or_predicted, type(module), sparsifier)
         module.__class__ = _accelerated(type(module))
         setattr(module, _LAYER, layer)
     return model

@@ -59,7 +59,7 @@ RATES: Rates = {
 """Multiply-adds per clock and multiprocessor that shared memory allows the float32 kernels: it gives a warp 16 bytes
 per lane, one pixel of four images, in four clocks. Forward, the outputs of a block share them; the input gradient is
 the product with the transposed pattern; for the weight, both operands are read, five units for the 16 of a block."""
-_TENSOR_PASSES = {("4x1", "forward")}
+_TENSOR_PASSES = {("4x1", "forward"), ("4x1", "weight")}
 _ROWS = (8, 16, 32)
 
 
@@ -85,16 +85,24 @@ def gpu_of(properties: Any) -> Gpu | None:
 
 @dataclass(frozen=True)
 class LayerSize:
-    """Multiply-adds of a dense pass, and the values that it reads and writes besides the weight."""
+    """Multiply-adds of a dense pass, and the values that it reads and writes besides the weight. `images`: of what is
+    more than a matrix product, where a pixel of one image cannot take the place of that of another."""
 
     products: float
     values: float
+    images: int | None = None
 
     @classmethod
-    def of(cls, weight: tuple[int, ...], groups: int, into: int, out: int) -> LayerSize:
+    def of(cls, weight: tuple[int, ...], groups: int, into: int, out: int, images: int | None = None) -> LayerSize:
         """Of a weight (out, in / groups, ...) on `into` input pixels (rows of a linear layer) that give `out`."""
         touched = min(into, out * prod(weight[2:]))  # a stride beyond the kernel leaves pixels out
-        return cls(float(out) * prod(weight), float(touched) * weight[1] * groups + float(out) * weight[0])
+        return cls(float(out) * prod(weight), float(touched) * weight[1] * groups + float(out) * weight[0], images)
+
+    def sparse_products(self, dtype: torch.dtype) -> float:
+        """Multiply-adds of the sparse kernels if all weights are kept: of four images at a time, or eight of 16 bits,
+        be they there or not."""
+        together = 4 if dtype == torch.float32 else 8
+        return self.products * (-(-self.images // together) * together / self.images if self.images else 1)
 
 
 def pass_speeds(
@@ -107,10 +115,10 @@ def pass_speeds(
     moving = size.values * bytes / (0.85 * gpu.bandwidth)
     if dtype == torch.float32:
         dense = size.products / (clock * gpu.cores * 0.85)
-        sparse = size.products * density / (clock * min(rates[layout, which], gpu.cores) * 0.5)
+        sparse = size.sparse_products(dtype) * density / (clock * min(rates[layout, which], gpu.cores) * 0.5)
     else:
         dense = size.products / (clock * gpu.tensor * gpu.reached)
-        sparse = _tensor_seconds(gpu, size.products / clock, density, layout, which)
+        sparse = _tensor_seconds(gpu, size.sparse_products(dtype) / clock, density, layout, which)
     dense = max(dense, moving)
     served = dtype == torch.float32 or (layout, which) in _TENSOR_PASSES
     return Speeds(max(sparse, moving) if served else dense, dense, predicted=True)
@@ -134,6 +142,16 @@ def layer_speeds(
     return Speeds(sum(s.sparse for s in found), sum(s.dense for s in found), predicted=True)
 
 
+def _images(module: nn.Module, input: Tensor) -> int | None:
+    """For `LayerSize`: None of a matrix product, which a 1x1 convolution without stride and padding is too."""
+    if isinstance(module, nn.Linear):
+        return None
+    padding = 0 if isinstance(module.padding, str) else max(module.padding)
+    if prod(module.kernel_size) == 1 and max(module.stride) == 1 and padding == 0:
+        return None
+    return input.shape[0] if input.dim() == 4 else 1
+
+
 def predicted_speeds(module: nn.Module, structure: SparseStructure, input: Tensor) -> Speeds | bool:
     """What the model says of this layer on the GPU of `input`, with the gradients that the call will need.
 
@@ -148,5 +166,5 @@ def predicted_speeds(module: nn.Module, structure: SparseStructure, input: Tenso
     needs = [torch.is_grad_enabled() and t.requires_grad for t in (input, module.weight)]
     passes = ("forward", *(which for which, need in zip(PASSES[1:], needs, strict=True) if need))
     into = input.numel() // input.shape[-1 if isinstance(module, nn.Linear) else -3]
-    size = LayerSize.of(structure.shape, structure.groups, into, output_pixels(module, input))
+    size = LayerSize.of(structure.shape, structure.groups, into, output_pixels(module, input), _images(module, input))
     return layer_speeds(gpu, size, structure.kept / prod(structure.shape), structure.layout, input.dtype, passes)

@@ -1,7 +1,7 @@
 """sparse_conv2d and sparse_linear on CUDA: what the kernels take, and the dense path for the rest.
 
-The kernels take float32, forward also float16 and bfloat16 with pattern 4x1 (on tensor cores, sm_80 and newer), one
-group, and images in channels_last; other images are copied into it. Everything else, and
+The kernels take float32, and with pattern 4x1, but for the gradient of the input, float16 and bfloat16 (on tensor
+cores, sm_80 and newer), one group, and images in channels_last; other images are copied into it. Everything else, and
 a window too large for shared memory, is torch's dense operator on the masked weight, the operators' reference; that
 is said once for each reason. Structures are not read back from the GPU: of one that is wrong a kernel drops what lies
 outside of the weight, and its result is then unspecified.
@@ -39,7 +39,7 @@ def dense_reason(groups: int, *operands: Tensor | None, halves: bool = False) ->
     given = [t for t in operands if t is not None]
     for t in given:
         if t.dtype != torch.float32 and not (halves and t.dtype in _HALVES):
-            return f"{t.dtype}: the sparse kernels are float32, and forward with pattern 4x1 float16 and bfloat16"
+            return f"{t.dtype}: the sparse kernels are float32, and with pattern 4x1 float16 and bfloat16"
         if t.dtype != given[0].dtype:
             return "operands of several dtypes"
         if t.dtype in _HALVES and t.is_cuda and torch.cuda.get_device_capability(t.device) < (8, 0):
@@ -129,19 +129,24 @@ def conv2d_backward(
     padding: Sequence[int], dilation: Sequence[int], groups: int, needs: Sequence[bool], *shape: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The operator sparse_conv2d_backward on CUDA."""
-    rest = stride, padding, dilation, groups, needs, *shape
-    reason = dense_reason(groups, grad, input, weight)
+    operands, geometry = (grad, input, weight, structure, layout), [stride, padding, dilation, groups]
+    reason = dense_reason(groups, grad, input, weight, halves=layout == "4x1")
     if not reason:
         sizes, strides = _weight(weight, *shape)
         _check(weight, structure, layout, sizes, groups)
-        results = conv2d_backward_fake(grad, input, weight, structure, layout, *rest)
+        below = needs[0] and grad.dtype == torch.float32
+        results = conv2d_backward_fake(*operands, *geometry, [below, *needs[1:]], *shape)
         if needs[2]:
             results[2].copy_(grad.sum((0, 2, 3)))
-        if _gradients(results, grad, input, weight, structure, layout, sizes, strides, [*stride, *padding, *dilation]):
-            return results
+        if _gradients(results, *operands, sizes, strides, [*stride, *padding, *dilation]):
+            if needs[0] == below:
+                return results
+            _tell("sparse_conv2d_backward of the input", structure, f"{grad.dtype}: that kernel is float32")
+            dense = conv2d_backward_reference(*operands, *geometry, [True, False, False], *shape)
+            return dense[0], *results[1:]
         reason = "the window of the convolution is too large for shared memory"
     _tell("sparse_conv2d_backward", structure, reason)
-    return conv2d_backward_reference(grad, input, weight, structure, layout, *rest)
+    return conv2d_backward_reference(*operands, *geometry, needs, *shape)
 
 
 def _gradients(results, grad, input, weight, structure, layout, sizes, strides, geometry) -> bool:
@@ -194,19 +199,24 @@ def linear_backward(
     *shape: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The operator sparse_linear_backward on CUDA."""
-    reason = dense_reason(1, grad, input, weight)
+    given = grad, input, weight, structure, layout
+    reason = dense_reason(1, grad, input, weight, halves=layout == "4x1")
     if reason:
         _tell("sparse_linear_backward", structure, reason)
-        return linear_backward_reference(grad, input, weight, structure, layout, needs, *shape)
+        return linear_backward_reference(*given, needs, *shape)
     sizes, strides = _weight(weight, *shape)
     _check(weight, structure, layout, sizes[:2])
-    results = linear_backward_fake(grad, input, weight, structure, layout, needs, *shape)
+    from_kernel = needs[0] and grad.dtype == torch.float32
+    results = linear_backward_fake(*given, [from_kernel, *needs[1:]], *shape)
     if needs[2]:
         results[2].copy_(grad.reshape(-1, grad.shape[-1]).sum(0))
-    below = _rows(results[0]) if needs[0] else results[0]
+    below = _rows(results[0]) if from_kernel else results[0]
     operands = _rows(grad.contiguous()), _rows(input.contiguous()), weight, structure, layout
     assert _gradients((below, results[1]), *operands, sizes, strides, _POINTWISE)  # as above
-    return results
+    if needs[0] == from_kernel:
+        return results
+    _tell("sparse_linear_backward of the input", structure, f"{grad.dtype}: that kernel is float32")
+    return linear_backward_reference(*given, [True, False, False], *shape)[0], *results[1:]
 
 
 _ARGUMENTS = "Tensor[] structure, str layout"

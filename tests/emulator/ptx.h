@@ -1,5 +1,5 @@
-// The instructions that csrc/cuda/device.cuh reaches through PTX: mma.sync, ldmatrix, cp.async. Layouts are those of
-// the PTX manual; sums are taken in ascending k, which hardware does not promise.
+// The instructions that csrc/cuda/device.cuh reaches through PTX, mma.sync and ldmatrix, and cp.async, which no kernel
+// uses so far. Layouts are those of the PTX manual; sums are taken in ascending k, which hardware does not promise.
 #pragma once
 #include "warp.h"
 

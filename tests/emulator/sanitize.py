@@ -1,4 +1,7 @@
-"""Runs every kernel under a sanitizer of g++: `python -m emulator.sanitize address` or, for races, `thread`."""
+"""Runs every kernel under a sanitizer of g++: `python -m emulator.sanitize address` or, for races, `thread`.
+
+A further word names what to run: `python -m emulator.sanitize thread topk`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import sys
 import emulator
 
 
-def main(sanitizer: str) -> int:
+def main(sanitizer: str, *words: str) -> int:
     """Print what the kernels and the sanitizer say; 0 if neither has found anything."""
     if reason := emulator.obstacle():
         print(f"skipped: {reason}")
@@ -15,12 +18,12 @@ def main(sanitizer: str) -> int:
     kinds = {"address": "address,undefined", "thread": "thread"}
     flags = ["-O1", "-g", "-fno-sanitize-recover=undefined"] if sanitizer == "address" else ["-O1", "-g"]
     flags += [f"-fsanitize={kinds[sanitizer]}"]
-    sources = [emulator.HERE / "driver.cpp", *sorted(emulator.KERNELS.glob("*.cu"))]
+    sources = [*sorted(emulator.HERE.glob("driver*.cpp")), *sorted(emulator.KERNELS.glob("*.cu"))]
     program = emulator.build(f"driver_{sanitizer}", sources, flags, [emulator.ROOT / "csrc/cpu/simd/kernels.h"])
-    done = emulator.sanitized([str(program)])
+    done = emulator.sanitized([str(program), *words])
     print(done.stdout + done.stderr[-8000:])
     return done.returncode
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

@@ -51,6 +51,22 @@ __global__ void count_all(uint32_t* counter, bool bug) {
   }
 }
 
+// Counts in shared memory; `bug` adds without atomics. Threads of the emulator take turns at barriers only, so that the
+// counts are right all the same: the race detector must tell.
+__global__ void histogram(const uint32_t* values, uint32_t* counts, bool bug) {
+  __shared__ uint32_t bins[4];
+  if (threadIdx.x < 4) bins[threadIdx.x] = 0;
+  __syncthreads();
+  uint32_t* const bin = bins + values[threadIdx.x] % 4;
+  if (bug) {
+    ++*bin;
+  } else {
+    atomicAdd(bin, 1u);
+  }
+  __syncthreads();
+  if (threadIdx.x < 4) counts[threadIdx.x] = bins[threadIdx.x];
+}
+
 __global__ void missing_wait(const uint32_t* values, uint32_t* result, bool bug) {
   SPARSEKERN_SHARED(uint32_t, staged);
   copy_async_16(staged + threadIdx.x * 4, values + threadIdx.x * 4, threadIdx.x != 3);
@@ -135,6 +151,9 @@ const char* run_out_of_bounds(float* values, int n, bool bug) {
 }
 const char* run_count_all(uint32_t* counter, bool bug) {
   return guarded([&] { SPARSEKERN_LAUNCH(count_all, dim3(4), dim3(64), 0, nullptr, counter, bug); });
+}
+const char* run_histogram(const uint32_t* values, uint32_t* counts, bool bug) {
+  return guarded([&] { SPARSEKERN_LAUNCH(histogram, dim3(1), dim3(64), 0, nullptr, values, counts, bug); });
 }
 const char* run_missing_wait(const uint32_t* values, uint32_t* result, bool bug) {
   return guarded([&] { SPARSEKERN_LAUNCH(missing_wait, dim3(1), dim3(32), 512, nullptr, values, result, bug); });

@@ -167,8 +167,8 @@ void sparse_unpack(const float* packed, int64_t width, const SparseRun* runs, in
   unpack_image(packed, width, runs, count, channels, image, channel, step, stream);
 }
 void sparse_unpack_bf16(const float* packed, int64_t width, const SparseRun* runs, int64_t count, int64_t channels,
-                        BFloat16* image, int64_t channel, int64_t step) {
-  unpack_image(packed, width, runs, count, channels, image, channel, step, false);
+                        BFloat16* image, int64_t channel, int64_t step, bool stream) {
+  unpack_image(packed, width, runs, count, channels, image, channel, step, stream);
 }
 void sparse_unpack_last(const float* packed, int64_t width, float* const* pixels, int64_t count, int64_t channels) {
   unpack_last(packed, width, pixels, count, channels);
