@@ -56,6 +56,13 @@ def missed(outcome: Outcome) -> str:
     return f"misses sparsity {target:g}{ratio}{': ' if outcome.shifted else ''}{outcome.shifted}"
 
 
+def collapsed(outcome: Outcome) -> str:
+    """The remark on a run whose masks cut the network in two: layers without a live weight."""
+    layers = [] if outcome.result is None else outcome.result.get("layers", [])
+    empty = [layer["name"] for layer in layers if not layer["live"]]
+    return f"no live weight in {', '.join(empty)}" if empty else ""
+
+
 Key = tuple[str, float | None, int]
 
 
@@ -72,7 +79,7 @@ def rows(outcomes: list[Outcome]) -> list[dict[str, Any]]:
     found = []
     for (method, sparsity, epochs), group in grouped(outcomes).items():
         results = [outcome.result for outcome in group if outcome.result is not None]
-        remarks = [text for outcome in group for text in (outcome.reason, missed(outcome)) if text]
+        remarks = [text for outcome in group for text in (outcome.reason, missed(outcome), collapsed(outcome)) if text]
         reasons = "; ".join(dict.fromkeys(" ".join(text.split()) for text in remarks))
         row = {"method": method, "sparsity asked": sparsity, "epochs": epochs, "runs": len(results), "note": reasons}
         if results:

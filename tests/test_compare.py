@@ -257,6 +257,12 @@ def test_another_sparsity_than_asked_for_is_remarked(found, targets, remark):
     assert shifted == (remark and f"{remark}: why")
 
 
+def test_layers_without_live_weights_are_remarked():
+    run = outcome("a", 0.1)
+    run.result["layers"] = [{"name": "stem", "live": 3}, {"name": "head", "live": 0}, {"name": "fc", "live": 0}]
+    assert comparison.rows([run, outcome("a", 0.5)])[0]["note"] == "no live weight in head, fc"
+
+
 def test_plot():
     two = [outcome("a", 0.5), outcome("a", 0.75), comparison.Outcome("a", 0.9, 2, None, "failed")]
     assert comparison.mean_curve(two) == [0.1, 0.625]
