@@ -11,6 +11,8 @@ seconds (sorting, n:m) and, but for the global choice at 95%, the slower stock f
 
 The masks must equal those of the operator's plain PyTorch reference, bit for bit, at every sparsity.
 
+The weights are views of one buffer, so that they lie in huge pages as the baselines' scores do.
+
 Floor: reading every score once, as fast as the best of sum, amax and dot reads a flat buffer of them in this run.
 """
 
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor
 
 import sparsekern as sk
-from benchmarks import harness, roofline
+from benchmarks import harness, machine, roofline
 from benchmarks.networks import resnet50_parameters
 from benchmarks.roofline import Work
 
@@ -35,7 +37,8 @@ ALL = (*FAST, "np.sort", "torch.sort")
 
 def weights(shapes: list[tuple[int, ...]]) -> list[Tensor]:
     """Of the usual initial scale, which differs between layers."""
-    return [torch.randn(shape) * (2 / (torch.Size(shape).numel() / shape[0])) ** 0.5 for shape in shapes]
+    scales = [(2 / (torch.Size(shape).numel() / shape[0])) ** 0.5 for shape in shapes]
+    return [weight.mul_(scale) for weight, scale in zip(machine.one_buffer(shapes), scales, strict=True)]
 
 
 def group_scores(weight: Tensor, pattern: str) -> Tensor:

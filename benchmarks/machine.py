@@ -31,6 +31,24 @@ def keep_freed_memory() -> None:
     mallopt(mmap_max, 0)
 
 
+def one_buffer(shapes: list[tuple[int, ...]], layout: str = "contiguous") -> list[torch.Tensor]:
+    """Random tensors, 64-byte aligned in one buffer: one by one, most would lie in small pages, as no flat buffer does.
+
+    A tensor of 4 dims is channels_last if `layout` says so.
+    """
+    sizes = [torch.Size(shape).numel() for shape in shapes]
+    rooms = [-(-size // 16) * 16 for size in sizes]
+    parts = torch.randn(sum(rooms)).split(rooms)
+    found = []
+    for shape, size, part in zip(shapes, sizes, parts, strict=True):
+        if layout == "channels_last" and len(shape) == 4:
+            out, channels, height, width = shape
+            found.append(part[:size].view(out, height, width, channels).permute(0, 3, 1, 2))
+        else:
+            found.append(part[:size].view(shape))
+    return found
+
+
 def _git(*arguments: str) -> str:
     try:
         return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import sparsekern as sk
-from benchmarks import harness, roofline
+from benchmarks import harness, machine, roofline
 from benchmarks.networks import resnet50_parameters
 from benchmarks.roofline import Work
 
@@ -81,13 +81,10 @@ def random_mask(shape: tuple[int, ...], sparsity: float, pattern: str) -> Tensor
 
 def parameters(shapes: list[tuple[int, ...]], layout: str) -> list[Tensor]:
     """Fresh parameters with gradients."""
-    result = []
-    for shape in shapes:
-        format = torch.channels_last if layout == "channels_last" and len(shape) == 4 else torch.contiguous_format
-        param = torch.randn(shape).contiguous(memory_format=format).requires_grad_()
-        param.grad = torch.randn(shape).contiguous(memory_format=format)
-        result.append(param)
-    return result
+    params = [p.requires_grad_() for p in machine.one_buffer(shapes, layout)]
+    for param, grad in zip(params, machine.one_buffer(shapes, layout), strict=True):
+        param.grad = grad
+    return params
 
 
 def candidate(
