@@ -13,6 +13,9 @@ struct Image {
   Strides strides;
 };
 
+// Of the instruction set in use.
+SparseLimits limits();
+
 // Results of more floats than this, 8 MiB, go past the caches, which saves reading them first.
 constexpr int64_t kStreamFloats = 1 << 21;
 
