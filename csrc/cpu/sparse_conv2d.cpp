@@ -12,7 +12,6 @@
 #include <type_traits>
 #include <vector>
 
-#include "dispatch.h"
 #include "sparse_gradient.h"
 #include "sparse_scatter.h"
 
@@ -67,12 +66,6 @@ SparseForm sparse_form(const Tensor& weight, const std::vector<Tensor>& structur
 
 Strides strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
 
-int64_t lanes() {
-  SparseLimits limits;
-  kernels().sparse_limits(&limits);
-  return limits.lanes;
-}
-
 // The operands of a convolution: images, kernel and how they meet.
 struct Geometry {
   GradientAxis rows, columns;
@@ -102,7 +95,7 @@ Geometry geometry_of(const Tensor& input, const Tensor& result, const Ints& shap
                       result.size(1) == w.outputs && result.numel() > 0,
                   "sparsekern: input, weight and result must agree in batch and channels");
   return {axis(input, result, 2, shape[2], geometry[0], geometry[2], geometry[4]),
-          axis(input, result, 3, shape[3], geometry[1], geometry[3], geometry[5]), input.size(0), lanes()};
+          axis(input, result, 3, shape[3], geometry[1], geometry[3], geometry[5]), input.size(0), limits().lanes};
 }
 
 PlanReader reader(const Tensor& plan) {

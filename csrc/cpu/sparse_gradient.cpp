@@ -20,17 +20,13 @@ constexpr int64_t kTogetherPixels = 512;
 constexpr int64_t kPackChannels = 16;
 
 Grid weight_grid(const GradientAxis& rows, const GradientAxis& columns, int64_t images) {
-  SparseLimits limits;
-  kernels().sparse_limits(&limits);
   const bool small = rows.forward.output * columns.forward.output < kTogetherPixels;
-  return Grid(rows.forward, columns.forward, images, small ? kTogetherPixels : limits.lanes);
+  return Grid(rows.forward, columns.forward, images, small ? kTogetherPixels : limits().lanes);
 }
 
 // The activations in place if the image allows it.
 Plan weight_plan(const Grid& grid, const SparseShape& w, const Strides& input) {
-  SparseLimits limits;
-  kernels().sparse_limits(&limits);
-  const int64_t lanes = limits.lanes, rows = w.channels * w.groups * grid.planes();
+  const int64_t lanes = limits().lanes, rows = w.channels * w.groups * grid.planes();
   const int64_t pixels = std::clamp(2 * kTileFloats / rows, kLeastPixels, kMostPixels);
   Tiling t(grid, 1, lanes, pixels / lanes);
   const int64_t vectors = (grid.length + lanes - 1) / lanes, most = pixels / lanes;

@@ -11,6 +11,12 @@
 
 namespace sparsekern {
 
+SparseLimits limits() {
+  SparseLimits found;
+  kernels().sparse_limits(&found);
+  return found;
+}
+
 int64_t part_begin(const int32_t* pointers, int64_t rows, int64_t i, int64_t n) {
   const int64_t wanted = (pointers[rows] + 2 * rows) * i / n;
   int64_t low = 0, high = rows;
@@ -32,12 +38,6 @@ constexpr int64_t kScratchRows = 64;
 constexpr int64_t kLineFloats = 16;
 
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-SparseLimits limits() {
-  SparseLimits found;
-  kernels().sparse_limits(&found);
-  return found;
-}
 
 template <class T>
 class Product {

@@ -4,6 +4,9 @@
 
 namespace sparsekern {
 
+// Of the instruction set in use.
+SparseLimits limits();
+
 // Results of more floats than this, 8 MiB, go past the caches, which saves reading them first.
 constexpr int64_t kStreamFloats = 1 << 21;
 

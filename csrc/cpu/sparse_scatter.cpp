@@ -25,8 +25,7 @@ struct Tiles {
   bool stream;  // the result past the caches
 
   Tiles(const Grid& grid, int64_t all_channels) {
-    SparseLimits limits;
-    kernels().sparse_limits(&limits);
+    const SparseLimits limits = sparsekern::limits();
     part = limits.lanes * limits.tall;
     const int64_t all = grid.length + grid.reach;
     const int64_t room = 2 * kTileFloats / (all_channels * grid.planes()) - 2 * grid.reach;

@@ -9,53 +9,116 @@ using sparsekern::SparseRows;
 
 using DotVec = WideOf<float>::type;
 
-// Dot products in flight: the lanes of a vector of them are added up together.
+// Most dot products in flight: they share the loads of gradients.
 constexpr int kDots = DotVec::kLanes < 4 ? 4 : DotVec::kLanes;
 
-template <int kTall, int kWide>
-inline void dots_of(const float* const (&x)[kDots / kTall], const float* gradient, int64_t width, int64_t count,
-                    DotVec (&sum)[kDots]) {
-  const auto add = [&](int64_t p, auto load) {
-    DotVec g[kTall];
-    for (int t = 0; t < kTall; ++t) g[t] = load(gradient + t * width + p);
+// Dot products wait here until the lanes of a vector of them are added up together, whatever rows they are of. Its user
+// calls `finish`: a destructor would need unwinding code, whose symbol is weak.
+class DotSums {
+ public:
+  explicit DotSums(float* to) : to_(to) {}
+  void finish() {
+    if (!held_) return;
+    for (int i = held_; i < DotVec::kLanes; ++i) waiting_[i] = DotVec::splat(0.0f);
+    (DotVec::load(to_, held_) + sum_lanes(waiting_)).store(to_, held_);
+  }
+  template <int kCount>
+  void push(const DotVec (&v)[kCount]) {
+    if constexpr (kCount == DotVec::kLanes) {
+      if (!held_) return add(v);
+    }
 #pragma GCC unroll 16
-    for (int i = 0; i < kDots / kTall; ++i) {
+    for (int i = 0; i < kCount; ++i) {
+      waiting_[held_++] = v[i];
+      if (held_ < DotVec::kLanes) continue;
+      add(waiting_);
+      held_ = 0;
+    }
+  }
+
+ private:
+  void add(const DotVec (&v)[DotVec::kLanes]) {
+    (DotVec::load(to_) + sum_lanes(v)).store(to_);
+    to_ += DotVec::kLanes;
+  }
+
+  DotVec waiting_[DotVec::kLanes];
+  int held_ = 0;
+  float* to_;
+};
+
+// Few dot products take turns with several sums each, to hide the latency of the addition. `ahead` floats on, unless 0,
+// lie the gradients that come next: rows with few blocks wait for those. Tall blocks have no registers left for it.
+template <int kTall, int kRows>
+inline void dots_of(const float* const* x, const float* gradient, int64_t width, int64_t count, int64_t ahead,
+                    DotSums& sums) {
+  constexpr int kCount = kTall * kRows, kTurns = kCount * 4 > kDots ? 1 : kDots / 2 / kCount;
+  constexpr int64_t kLanes = DotVec::kLanes;
+  DotVec sum[kTurns][kCount];
+#pragma GCC unroll 8
+  for (int u = 0; u < kTurns; ++u) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount; ++i) sum[u][i] = DotVec::splat(0.0f);
+  }
+  const auto add = [&](int64_t p, DotVec(&to)[kCount], auto load) {
+    DotVec g[kTall];
+#pragma GCC unroll 4
+    for (int t = 0; t < kTall; ++t) {
+      const float* const from = gradient + t * width + p;
+      if (kTall == 1 && ahead) fetch<kLanes>(from + ahead);
+      g[t] = load(from);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
       const DotVec a = load(x[i] + p);
 #pragma GCC unroll 4
-      for (int t = 0; t < kTall; ++t) sum[i * kTall + t] = madd(a, g[t], sum[i * kTall + t]);
+      for (int t = 0; t < kTall; ++t) to[i * kTall + t] = madd(a, g[t], to[i * kTall + t]);
     }
   };
-  for (int i = 0; i < kDots; ++i) sum[i] = DotVec::splat(0.0f);
+  const auto whole = [](const float* q) { return DotVec::load(q); };
   int64_t p = 0;
-  for (; p + DotVec::kLanes <= count; p += DotVec::kLanes) add(p, [](const float* q) { return DotVec::load(q); });
-  if (p < count) add(p, [&](const float* q) { return DotVec::load(q, count - p); });
+  for (; p + kTurns * kLanes <= count; p += kTurns * kLanes) {
+#pragma GCC unroll 8
+    for (int u = 0; u < kTurns; ++u) add(p + u * kLanes, sum[u], whole);
+  }
+  if constexpr (kTurns > 1) {
+    for (; p + kLanes <= count; p += kLanes) add(p, sum[0], whole);
+  }
+  if (p < count) add(p, sum[0], [&](const float* q) { return DotVec::load(q, count - p); });
+#pragma GCC unroll 16
+  for (int i = 0; i < kCount; ++i) {
+    for (int u = 1; u < kTurns; ++u) sum[0][i] = sum[0][i] + sum[u][i];
+  }
+  sums.push(sum[0]);
+}
+
+// The instance for exactly the blocks that are left.
+template <int kTall, int kWide, int kBlocks>
+inline void dots_sized(int64_t blocks, const float* const* x, const float* gradient, int64_t width, int64_t count,
+                       int64_t ahead, DotSums& sums) {
+  if constexpr (kBlocks > 1) {
+    if (blocks < kBlocks) return dots_sized<kTall, kWide, kBlocks - 1>(blocks, x, gradient, width, count, ahead, sums);
+  }
+  dots_of<kTall, kWide * kBlocks>(x, gradient, width, count, ahead, sums);
 }
 
 template <int kTall, int kWide>
 inline void sparse_dots_rows(const SparseRows& s, int64_t begin, int64_t end, const float* tile, const float* gradients,
                              int64_t width, int64_t count, float* sums) {
   constexpr int kBlock = kTall * kWide, kStep = kDots / kBlock;
+  DotSums waiting(sums + s.pointers[begin] * int64_t{kBlock});
   for (int64_t row = begin; row < end; ++row) {
-    for (int64_t k = s.pointers[row]; k < s.pointers[row + 1]; k += kStep) {
+    int64_t ahead = kTall * width;
+    for (int64_t k = s.pointers[row]; k < s.pointers[row + 1]; k += kStep, ahead = 0) {
       const int64_t left = s.pointers[row + 1] - k < kStep ? s.pointers[row + 1] - k : kStep;
       const float* x[kDots / kTall];
-      for (int i = 0; i < kStep; ++i) {
-        // Blocks beyond the row repeat its last one; their sums are dropped.
-        const float* const first = tile + s.offsets[k + (i < left ? i : left - 1)];
-        for (int j = 0; j < kWide; ++j) x[i * kWide + j] = first + j * s.channel;
+      for (int i = 0; i < left; ++i) {
+        for (int j = 0; j < kWide; ++j) x[i * kWide + j] = tile + s.offsets[k + i] + j * s.channel;
       }
-      DotVec sum[kDots];
-      dots_of<kTall, kWide>(x, gradients + row * kTall * width, width, count, sum);
-      for (int64_t i = 0; i < kDots; i += DotVec::kLanes) {
-        DotVec m[DotVec::kLanes];
-        for (int j = 0; j < DotVec::kLanes; ++j) m[j] = sum[i + j];
-        const int64_t n = left * kBlock - i < DotVec::kLanes ? left * kBlock - i : DotVec::kLanes;
-        if (n <= 0) break;
-        float* const to = sums + k * kBlock + i;
-        (DotVec::load(to, n) + sum_lanes(m)).store(to, n);
-      }
+      dots_sized<kTall, kWide, kStep>(left, x, gradients + row * kTall * width, width, count, ahead, waiting);
     }
   }
+  waiting.finish();
 }
 
 void sparse_dots(const SparseRows& s, int64_t begin, int64_t end, const float* tile, const float* gradients,
