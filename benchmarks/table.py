@@ -1,10 +1,13 @@
-"""python -m benchmarks.table: writes the speed section of README.md from the last recorded run of each benchmark.
+"""python -m benchmarks.table: writes the speed section of README.md from the last recorded runs of each benchmark.
+
+Those of the machine that recorded last: one run for each number of threads and images.
 
 Nothing is left out: the convolutions, too many for one table, are given as the median over layers with the slowest and
 the fastest of them and the number of layers that lose against dense.
 """
 
 import csv
+import itertools
 import statistics
 from pathlib import Path
 
@@ -21,17 +24,25 @@ TITLES = {
     "masked_adamw": "The same step with AdamW, weight decay and both moments",
     "topk_mask": "Exact top-k masks of ResNet-50's 25.5M prunable weights (x floor: reading them once)",
     "sparse_conv2d": "Convolutions of ResNet-50, float32, against torch's best dense one: median speedup (range)",
+    "training": "One training step of ResNet-50 in a sparse phase, through `sk.nn.accelerate`, and where its time goes",
 }
 
 
-def last_run(bench: str, folder: Path = RESULTS) -> list[dict[str, str]]:
-    """The rows that were recorded together last; none if nothing was."""
+def last_runs(bench: str, folder: Path = RESULTS) -> list[list[dict[str, str]]]:
+    """The rows of the last run for each number of threads and images, on the CPU of the very last; in order of time."""
     path = folder / f"{bench}.csv"
     if not path.exists():
         return []
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    return [row for row in rows if all(row[key] == rows[-1][key] for key in RUN)]
+    runs: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for _, group in itertools.groupby(rows, lambda row: [row[key] for key in RUN]):
+        found = list(group)
+        if found[0]["cpu"] == rows[-1]["cpu"]:
+            key = found[0]["threads"], found[0]["batch"]
+            runs.pop(key, None)  # its place is that of the newer one
+            runs[key] = found
+    return list(runs.values())
 
 
 def _noise(row: dict[str, str]) -> str:
@@ -42,11 +53,14 @@ def _lines(rows: list[dict[str, str]]) -> list[str]:
     """One line per row."""
     lines = ["| case | pattern | sparsity | ms | x floor | against | ms | speedup |", "|" + " --- |" * 8]
     for row in rows:
-        floors = float(row["median_ms"]) / float(row["floor_ms"])
+        floors = f"{float(row['median_ms']) / float(row['floor_ms']):.1f}" if row["floor_ms"] else ""
+        against = ("", "", "")  # parts of a step are compared with nothing
+        if row["baseline"]:
+            against = row["baseline"], f"{float(row['baseline_ms']):.1f}", f"{float(row['speedup']):.2f}x"
         cells = (
             row["case"], row["pattern"] + ", packed" * (row["layout"] == "packed"), row["sparsity"],
             f"{float(row['median_ms']):.1f}{_noise(row)}",
-            f"{floors:.1f}", row["baseline"], f"{float(row['baseline_ms']):.1f}", f"{float(row['speedup']):.2f}x",
+            floors, *against,
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return lines
@@ -75,26 +89,31 @@ def _summary(rows: list[dict[str, str]]) -> list[str]:
     return lines
 
 
+def _origin(rows: list[dict[str, str]]) -> str:
+    """Command, machine and quality of a run."""
+    run = rows[0]
+    threads, batch = run["threads"], f", batch {run['batch']}" if run["batch"] else ""
+    noisy = sum(bool(_noise(row)) for row in rows)
+    reference = sum(row["backend"] == "reference" for row in rows)
+    remarks = [
+        f"`{run['command']}` at commit {run['commit']}, {run['date']}",
+        f"{run['cpu']}, {run['isa']}, {threads} threads{batch}, torch {run['torch']}",
+        f"load {run['load_before']} before and {run['load_after']} after",
+        f"{noisy} of {len(rows)} rows noisy (interquartile range over 20% of the median)",
+        *([f"{reference} of {len(rows)} rows run the plain PyTorch reference"] if reference else []),
+    ]
+    return "; ".join(remarks) + "."
+
+
 def render(folder: Path = RESULTS) -> str:
     """The speed section."""
     parts = []
     for bench, title in TITLES.items():
-        rows = last_run(bench, folder)
-        if not rows:
-            continue
-        run = rows[0]
-        threads, batch = run["threads"], f", batch {run['batch']}" if run["batch"] else ""
-        noisy = sum(bool(_noise(row)) for row in rows)
-        reference = sum(row["backend"] == "reference" for row in rows)
-        remarks = [
-            f"`{run['command']}` at commit {run['commit']}, {run['date']}",
-            f"{run['cpu']}, {run['isa']}, {threads} threads{batch}, torch {run['torch']}",
-            f"load {run['load_before']} before and {run['load_after']} after",
-            f"{noisy} of {len(rows)} rows noisy (interquartile range over 20% of the median)",
-            *([f"{reference} of {len(rows)} rows run the plain PyTorch reference"] if reference else []),
+        runs = last_runs(bench, folder)
+        tables = [
+            "\n".join([*(_summary if bench == "sparse_conv2d" else _lines)(run), "", _origin(run)]) for run in runs
         ]
-        table = _summary(rows) if bench == "sparse_conv2d" else _lines(rows)
-        parts.append("\n".join([f"**{title}**", "", *table, "", "; ".join(remarks) + "."]))
+        parts += [f"**{title}**", *tables] if tables else []
     return "\n\n".join([NOTHING] if not parts else ["`make bench` prints these tables for your machine.", *parts])
 
 
