@@ -23,7 +23,8 @@ TITLES = {
     "masked_sgd": "One optimizer step of ResNet-50, all 25.6M parameters, momentum and weight decay",
     "masked_adamw": "The same step with AdamW, weight decay and both moments",
     "topk_mask": "Exact top-k masks of ResNet-50's 25.5M prunable weights (x floor: reading them once)",
-    "sparse_conv2d": "Convolutions of ResNet-50, float32, against torch's best dense one: median speedup (range)",
+    "sparse_conv2d": "Convolutions of ResNet-50 and pointwise ones of MobileNetV1, float32, against torch's best dense "
+    "ones: median speedup (range), and that of ResNet-50's behind the first together",
     "training": "One training step of ResNet-50 in a sparse phase, through `sk.nn.accelerate`, and where its time goes",
 }
 
