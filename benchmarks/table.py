@@ -18,6 +18,7 @@ BEGIN, END = "<!-- speed: written by python -m benchmarks.table -->", "<!-- end 
 NOTHING = (
     "`make bench` prints the table for your machine. No figure is quoted here until it is recorded with its machine."
 )
+SHORT = "`make bench` prints the short forms for your machine; the command of each table stands below it."
 RUN = ("date", "commit", "command", "cpu")
 TITLES = {
     "masked_sgd": "One optimizer step of ResNet-50, all 25.6M parameters, momentum and weight decay",
@@ -115,7 +116,7 @@ def render(folder: Path = RESULTS) -> str:
             "\n".join([*(_summary if bench == "sparse_conv2d" else _lines)(run), "", _origin(run)]) for run in runs
         ]
         parts += [f"**{title}**", *tables] if tables else []
-    return "\n\n".join([NOTHING] if not parts else ["`make bench` prints these tables for your machine.", *parts])
+    return "\n\n".join([SHORT, *parts] if parts else [NOTHING])
 
 
 def main() -> None:
