@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import sparsekern as sk
+from sparsekern.nn.layers import structure_of
 from sparsekern.phases import PhaseSchedule, PhaseSpan
 
 
@@ -41,6 +42,18 @@ def results(model, x):
     y = model(x)
     y.square().mean().backward()
     return y.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("pattern", "dim"), [("4x1", 0), ("1x4", 1)])
+def test_structure_has_the_coarsest_pattern_of_its_mask(pattern, dim):
+    torch.manual_seed(0)
+    mask = (torch.rand(8, 8, 3, 3) < 0.5).index_select(dim, torch.arange(8) // 4)
+    assert structure_of(mask, 1).layout == pattern
+    for place in range(8):  # a block that is kept in part, whichever its odd weight is
+        odd = mask.clone()
+        odd.select(dim, place)[-1, -1, -1] ^= True
+        assert structure_of(odd, 1).layout == "unstructured"
+    assert structure_of(torch.ones_like(mask), 1) is None
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "4x1", "1x4"])

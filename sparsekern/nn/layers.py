@@ -88,6 +88,7 @@ def _whole_blocks(mask: Tensor, dim: int) -> bool:
     full = mask.shape[dim] // 4 * 4
     blocks = mask.narrow(dim, 0, full).unflatten(dim, (full // 4, 4))
     tail = mask.narrow(dim, full, mask.shape[dim] - full)
-    if bool((blocks.any(dim + 1) != blocks.all(dim + 1)).any()):
+    first, *others = blocks.unbind(dim + 1)
+    if not all(torch.equal(first, other) for other in others):
         return False
     return not tail.shape[dim] or torch.equal(tail.any(dim), tail.all(dim))
