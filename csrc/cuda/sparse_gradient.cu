@@ -5,17 +5,7 @@
 namespace sparsekern::cuda {
 namespace {
 
-constexpr int kThreads = 256, kOutputs = 32, kPixelPitch = kSparsePixels + 1;  // odd: no bank conflicts on storing
-
-// The gradients of a tile, outputs [first, first + kOutputs), as units of four images.
-__device__ __forceinline__ void load_gradients(const SparseGrid& g, const SparseImage& gradient, const Tile& tile,
-                                               int first, Unit* to) {
-  const int output = threadIdx.x % kOutputs;
-  for (int p = threadIdx.x / kOutputs; p < kSparsePixels; p += kThreads / kOutputs) {
-    const int row = tile.row + p / g.tile_columns, column = tile.column + p % g.tile_columns;
-    to[output * kPixelPitch + p] = load_unit<float>(gradient, tile.image, row, column, first + output);
-  }
-}
+constexpr int kThreads = 256, kOutputs = 32;
 
 // A lane owns one block of the weight and its sums; pixels come one after the other. A block of threads takes the
 // blocks of kOutputs outputs in one slab, over every `splits`-th tile.
@@ -49,7 +39,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       const Tile tile = tile_of(grid, t);
       __syncthreads();
       load_slab(grid, input, tile, s * grid.slab, slab);
-      load_gradients(grid, gradient, tile, first_row * kTall, gradients);
+      load_gradients<kThreads, kOutputs>(grid, gradient, tile, first_row * kTall, gradients);
       __syncthreads();
       const int rows = grid.rows - tile.row < grid.tile_rows ? grid.rows - tile.row : grid.tile_rows;
       const int columns =

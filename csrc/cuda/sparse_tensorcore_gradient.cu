@@ -12,22 +12,11 @@ namespace sparsekern::cuda {
 namespace {
 
 constexpr int kThreads = 256, kBands = 4, kStep = 16, kOutputs = 16 * kBands;
-constexpr int kPixelPitch = kSparsePixels + 1;  // odd: no bank conflicts on storing and on reading channels
-constexpr int kPairs = kSparsePixels / 4;       // of pixels, for each of the two warps of a band
-constexpr int kSteps = 8;                       // whose sums a warp holds
+constexpr int kPairs = kSparsePixels / 4;  // of pixels, for each of the two warps of a band
+constexpr int kSteps = 8;                  // whose sums a warp holds
 using Sums = float[2 * kSteps][4];
 static_assert(kGradientReserved == (kOutputs * kPixelPitch + 1) * sizeof(HalfUnit));
 static_assert(kBands * 32 * sizeof(Sums) <= kOutputs * kPixelPitch * sizeof(HalfUnit));
-
-// The gradients of a tile, outputs [first, first + kOutputs); lanes take neighbouring ones.
-__device__ __forceinline__ void load_gradients(const SparseGrid& g, const SparseImage& gradient, const Tile& tile,
-                                               int first, HalfUnit* to) {
-  const int output = threadIdx.x % kOutputs;
-  for (int p = threadIdx.x / kOutputs; p < kSparsePixels; p += kThreads / kOutputs) {
-    const int row = tile.row + p / g.tile_columns, column = tile.column + p % g.tile_columns;
-    to[output * kPixelPitch + p] = load_unit<uint16_t>(gradient, tile.image, row, column, first + output);
-  }
-}
 
 // Adds a tile's products to the sums of `steps` steps: `gradients` are those of the band, at[j] is a lane's column of
 // step j in the slab. Pixels beyond the grid may be those of an input with Inf in it: `zero` takes their place.
@@ -121,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       const Tile tile = tile_of<kSparseHalfImages>(grid, t);
       __syncthreads();
       load_slab(grid, input, tile, s * grid.slab, slab);
-      load_gradients(grid, gradient, tile, first_band * 16, gradients);
+      load_gradients<kThreads, kOutputs>(grid, gradient, tile, first_band * 16, gradients);
       __syncthreads();
       add_products<T>(grid, tile, gradients + warp / 2 * 16 * kPixelPitch, slab, zero, at, steps, sums);
     }

@@ -58,6 +58,20 @@ __device__ __forceinline__ UnitOf<T> load_unit(const SparseImage& m, int image, 
   return u;
 }
 
+// Units between the outputs of a tile of gradients; odd: no bank conflicts on storing and on reading channels.
+constexpr int kPixelPitch = kSparsePixels + 1;
+
+// The gradients of a tile, outputs [first, first + kOutputs). Lanes take neighbouring ones.
+template <int kThreads, int kOutputs, class T>
+__device__ __forceinline__ void load_gradients(const SparseGrid& g, const SparseImage& gradient, const Tile& tile,
+                                               int first, UnitOf<T>* to) {
+  const int output = threadIdx.x % kOutputs;
+  for (int p = threadIdx.x / kOutputs; p < kSparsePixels; p += kThreads / kOutputs) {
+    const int row = tile.row + p / g.tile_columns, column = tile.column + p % g.tile_columns;
+    to[output * kPixelPitch + p] = load_unit<T>(gradient, tile.image, row, column, first + output);
+  }
+}
+
 // The input pixels of a tile, channels [first, first + slab). Lanes take neighbouring channels.
 template <class T>
 __device__ __forceinline__ void load_slab(const SparseGrid& g, const SparseImage& input, const Tile& tile, int first,
