@@ -108,8 +108,9 @@ class ACDC(Sparsifier):
         self._enter(self.schedule.at(self.position))
 
     def needs_dense_gradient(self) -> bool:
-        ends = isinstance(self.phase, Sparse) and self.schedule.at(self.position + 1) == Dense()
-        return ends and self.dense_support == "gradient"
+        if self.dense_support != "gradient":  # asked by every accelerated layer
+            return False
+        return isinstance(self.phase, Sparse) and self.schedule.at(self.position + 1) == Dense()
 
     def _after_step(self) -> None:
         if self.needs_dense_gradient() and self._good_step():  # in `step` the gradients may be gone

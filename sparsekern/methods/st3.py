@@ -41,7 +41,7 @@ def quantile(sizes: Sequence[Tensor], ratio: float) -> Tensor:
     sizes = [s for s in sizes if s.numel()]
     place = ratio * (sum(s.numel() for s in sizes) - 1)
     below = math.floor(place)
-    packed = topk_mask(list(sizes), sum(s.numel() for s in sizes) - 1 - below)
+    packed = topk_mask(sizes, sum(s.numel() for s in sizes) - 1 - below)
     low, high = [], []
     for size, bits in zip(sizes, packed, strict=True):
         upper = unpack_mask(bits, size)

@@ -95,13 +95,15 @@ def repeat(
         return None
     if call.versions != sparse_kernels.versions(structure.tensors):
         return None
+    # Each step of an epilogue rounds to the dtype, which kernels do for float32.
+    if epilogue is not None and dtype is not torch.float32:
+        return None
     if call.last:
         result = torch.empty(call.output, dtype=dtype, memory_format=torch.channels_last)
     else:
         result = input.new_empty(call.output)
-    # Each step of an epilogue rounds to the dtype, which kernels do for float32.
     after = sparse_kernels.PLAIN if epilogue is None else _after(epilogue, result)
-    if after is None or (epilogue is not None and dtype is not torch.float32):
+    if after is None:
         return None
     bias = None if bias is None else bias.float()
     done = sparse_kernels.product(result, input, weight, call.plan, structure.layout, bias, *after, *call.rest)
