@@ -1,9 +1,18 @@
 """Masks at rest: one bit per weight."""
 
+import sys
+
 import torch
 from torch import Tensor
 
-_SHIFTS = [1, 2, 4, 8, 16, 32, 64, 128]
+from sparsekern.ops.operands import is_dense
+
+# Times eight bytes of 0 or 1, read as one integer, their bits stand side by side in its highest byte: no two of the
+# products meet, so nothing is carried.
+_GATHER = 0x0102040810204080 if sys.byteorder == "little" else 0x8040201008040201 - 2**64
+# The eight bytes of each packed one, as one integer.
+_BITS = torch.arange(256, dtype=torch.uint8).unsqueeze(1) >> torch.arange(8, dtype=torch.uint8) & 1
+_SPREAD = _BITS.view(torch.int64).view(-1)
 
 
 def storage_order(like: Tensor) -> Tensor:
@@ -24,9 +33,11 @@ def pack_mask(mask: Tensor) -> Tensor:
     """
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be a bool tensor, got {mask.dtype}")
-    bits = _flat(storage_order(mask).copy_(mask)).to(torch.uint8)
-    bits = torch.nn.functional.pad(bits, (0, -bits.numel() % 8)).view(-1, 8)
-    return (bits * torch.tensor(_SHIFTS, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
+    ready = is_dense(mask) and mask.storage_offset() % 8 == 0
+    bits = _flat(mask if ready else storage_order(mask).copy_(mask))
+    if bits.numel() % 8:
+        bits = torch.nn.functional.pad(bits, (0, -bits.numel() % 8))
+    return bits.view(torch.int64).mul(_GATHER).bitwise_right_shift_(56).to(torch.uint8)
 
 
 def unpack_mask(packed: Tensor, like: Tensor) -> Tensor:
@@ -39,8 +50,7 @@ def unpack_mask(packed: Tensor, like: Tensor) -> Tensor:
             f"packed must be uint8 of shape ({(like.numel() + 7) // 8},) for a tensor of {like.numel()} elements, "
             f"got {packed.dtype} of shape {tuple(packed.shape)}"
         )
-    shifts = torch.tensor(_SHIFTS, dtype=torch.uint8, device=packed.device)
-    bits = (packed.unsqueeze(1) & shifts).ne(0).view(-1)[: like.numel()]
+    table = _SPREAD.to(packed.device)
     mask = storage_order(like)
-    _flat(mask).copy_(bits)
+    _flat(mask).copy_(table.index_select(0, packed.int()).view(torch.bool)[: like.numel()])
     return mask

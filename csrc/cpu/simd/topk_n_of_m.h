@@ -37,18 +37,32 @@ inline bool apart(const TopkTensor& t, int64_t at, int64_t rows, int64_t columns
   return nan;
 }
 
-// Groups one after the other, their weights neighbours in memory; at most kKeyBuffer weights.
+// Stretches of `rows` by `inner` weights, one after the other in memory: the `inner` groups of one lie side by side. At
+// most kTile groups and kKeyBuffer weights in all `count` of them.
 template <class Key>
-inline bool together(const TopkTensor& t, int64_t at, int64_t rows, int64_t columns, int64_t n, Key* tile) {
+inline bool together(const TopkTensor& t, int64_t at, int64_t rows, int64_t count, int64_t n, Key* tile) {
   Key keys[kKeyBuffer];
-  const bool nan = topk_keys(t, at, at + rows * columns, keys);
+  const int64_t inner = t.inner, stretch = rows * inner;
+  const bool nan = topk_keys(t, at, at + count * stretch, keys);
   for (int64_t j = 0; j < rows; ++j) {
-    for (int64_t c = 0; c < columns; ++c) tile[j * kTile + c] = keys[c * rows + j];
-    for (int64_t c = columns; c < kTile; ++c) tile[j * kTile + c] = 0;
+    Key* out = tile + j * kTile;
+    for (int64_t c = 0; c < count; ++c) {
+      for (int64_t i = 0; i < inner; ++i) *out++ = keys[c * stretch + j * inner + i];
+    }
+    while (out < tile + (j + 1) * kTile) *out++ = 0;
   }
   for (int64_t j = 0; j < rows; ++j) {
-    for (uint64_t bits = tile_row(tile, rows, j, n); bits; bits &= bits - 1) {
-      const int64_t place = at + __builtin_ctzll(bits) * rows + j;
+    const uint64_t bits = tile_row(tile, rows, j, n);
+    if (inner > 1) {
+      const uint64_t own = (uint64_t{1} << inner) - 1;
+      for (int64_t c = 0; c < count; ++c) {
+        const uint64_t some = bits >> (c * inner) & own;
+        if (some) or_bits(t.mask, at + c * stretch + j * inner, some, inner);
+      }
+      continue;
+    }
+    for (uint64_t left = bits; left; left &= left - 1) {
+      const int64_t place = at + __builtin_ctzll(left) * rows + j;
       t.mask[place >> 3] |= static_cast<uint8_t>(1u << (place & 7));
     }
   }
@@ -61,19 +75,21 @@ inline bool n_of_m(const TopkTensor& t, const TopkRatio& ratio, int64_t begin, i
   for (int64_t outer = begin; outer < end; ++outer) {
     const int64_t slice = outer * t.axis * t.inner;
     for (int64_t channel = 0; channel < t.axis;) {
-      const int64_t left = t.axis - channel, rows = left < ratio.m ? left : ratio.m;
-      int64_t columns = 1;
-      if (t.inner == 1 && rows <= kKeyBuffer / 2) {
-        columns = left / rows < kKeyBuffer / rows ? left / rows : kKeyBuffer / rows;
-        columns = columns < kTile ? columns : kTile;
-        nan |= together(t, slice + channel, rows, columns, ratio.n, tile);
-      } else {
-        for (int64_t c = 0; c < t.inner; c += kTile) {
-          const int64_t wide = t.inner - c < kTile ? t.inner - c : kTile;
-          nan |= apart(t, slice + channel * t.inner + c, rows, wide, ratio.n, tile);
-        }
+      const int64_t left = t.axis - channel, rows = left < ratio.m ? left : ratio.m, at = slice + channel * t.inner;
+      const int64_t fit = kKeyBuffer / (rows * t.inner) < kTile / t.inner ? kKeyBuffer / (rows * t.inner)
+                                                                          : kTile / t.inner;
+      // One alone would leave most columns of a tile empty.
+      const int64_t count = left / rows < fit ? left / rows : fit;
+      if (fit > 1) {
+        nan |= together(t, at, rows, count, ratio.n, tile);
+        channel += count * rows;
+        continue;
       }
-      channel += columns * rows;
+      for (int64_t c = 0; c < t.inner; c += kTile) {
+        const int64_t wide = t.inner - c < kTile ? t.inner - c : kTile;
+        nan |= apart(t, at + c, rows, wide, ratio.n, tile);
+      }
+      channel += rows;
     }
   }
   return nan;
