@@ -95,21 +95,38 @@ def check_operands(
     if entries.dtype != counts[2] or entries.shape != (len(params),) or not entries.is_contiguous():
         raise _bad_counts(params, counts)
     for i, param in enumerate(params):
-        _check_param(i, param, label, entries.device)
-        for name, values in {"grads": grads, **buffers}.items():
-            _check_like(f"{name}[{i}]", values[i], param)
-        _check_mask(i, masks[i], param)
-    for name, t in (("grad_scale", grad_scale), ("found_inf", found_inf)):
-        if t is None:
-            continue
-        if not isinstance(t, Tensor) or t.numel() != 1 or t.dtype not in DTYPES[:2] or t.device != entries.device:
-            got = f"{t.dtype} of shape {tuple(t.shape)} on {t.device}" if isinstance(t, Tensor) else repr(t)
-            raise ValueError(f"{name} must be one float32 or float64 number in a tensor on {entries.device}, got {got}")
-    scalars = [t for t in (grad_scale, found_inf) if t is not None]
-    _check_overlap(
+        operands = {f"{name}[{i}]": values[i] for name, values in {"grads": grads, **buffers}.items()}
+        check_entry("params", i, param, entries.device, operands, masks[i], f"like {label}")
+    scalars = {name: t for name, t in (("grad_scale", grad_scale), ("found_inf", found_inf)) if t is not None}
+    for name, t in scalars.items():
+        check_scalar(name, t, entries.device)
+    check_overlap(
         {"params": params, **buffers, label: [entries]},
-        {"grads": grads, "masks": [m for m in masks if m is not None], "grad_scale, found_inf": scalars},
+        {
+            "grads": grads,
+            "masks": [m for m in masks if m is not None],
+            "grad_scale, found_inf": list(scalars.values()),
+        },
     )
+
+
+def check_entry(
+    label: str, i: int, param: Tensor, device: torch.device, operands: Mapping[str, Tensor], mask: Tensor | None,
+    why: str = "like the first",
+) -> None:  # fmt: skip
+    """Raise unless `param`, entry `i` of the list `label`, can be written on `device`, and `operands` and `mask` fit
+    it."""
+    _check_param(f"{label}[{i}]", param, device, why)
+    for name, t in operands.items():
+        _check_like(name, t, param)
+    _check_mask(i, mask, param)
+
+
+def check_scalar(name: str, t: Any, device: torch.device) -> None:
+    """Raise ValueError unless `t` is one float32 or float64 number in a tensor on `device`."""
+    if not isinstance(t, Tensor) or t.numel() != 1 or t.dtype not in DTYPES[:2] or t.device != device:
+        got = f"{t.dtype} of shape {tuple(t.shape)} on {t.device}" if isinstance(t, Tensor) else repr(t)
+        raise ValueError(f"{name} must be one float32 or float64 number in a tensor on {device}, got {got}")
 
 
 def _check_like(name: str, t: Tensor, param: Tensor) -> None:
@@ -122,15 +139,15 @@ def _check_like(name: str, t: Tensor, param: Tensor) -> None:
         )
 
 
-def _check_param(i: int, param: Tensor, label: str, device: torch.device) -> None:
+def _check_param(name: str, param: Tensor, device: torch.device, why: str) -> None:
     if param.layout != torch.strided:
-        raise ValueError(f"params[{i}] must be dense (torch.strided), got layout {param.layout}")
+        raise ValueError(f"{name} must be dense (torch.strided), got layout {param.layout}")
     if param.dtype not in DTYPES:
-        raise TypeError(f"params[{i}] must be one of {[str(d) for d in DTYPES]}, got {param.dtype}")
+        raise TypeError(f"{name} must be one of {[str(d) for d in DTYPES]}, got {param.dtype}")
     if param.device != device:
-        raise ValueError(f"params[{i}] must be on {device} like {label}, got {param.device}")
+        raise ValueError(f"{name} must be on {device} {why}, got {param.device}")
     if any(step == 0 and n > 1 for step, n in zip(param.stride(), param.shape, strict=True)):
-        raise ValueError(f"params[{i}] must have memory for each element, got an expanded tensor")
+        raise ValueError(f"{name} must have memory for each element, got an expanded tensor")
 
 
 def _check_mask(i: int, mask: Tensor | None, param: Tensor) -> None:
@@ -144,7 +161,7 @@ def _check_mask(i: int, mask: Tensor | None, param: Tensor) -> None:
         )
 
 
-def _check_overlap(written: dict[str, Sequence[Tensor]], read: dict[str, Sequence[Tensor]]) -> None:
+def check_overlap(written: Mapping[str, Sequence[Tensor]], read: Mapping[str, Sequence[Tensor]]) -> None:
     """Refuse a written tensor whose span of memory meets that of any other operand."""
     spans = []
     for name, tensors in (*written.items(), *read.items()):

@@ -2,6 +2,7 @@
 // Everything but the table is local to the object file, so no code compiled for one instruction set can win the link.
 #include "kernels.h"
 #include "masked_adamw.h"
+#include "masked_combine.h"
 #include "masked_sgd.h"
 #include "sparse_dots.h"
 #include "sparse_pack.h"

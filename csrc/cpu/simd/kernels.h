@@ -47,6 +47,21 @@ struct AdamwOptions {
   bool decays, maximize, scaled;
 };
 
+// One entry of masked_combine_. `mask` is null for all ones, `second` where nothing is read from it.
+struct CombineTensor {
+  void* output;
+  const void* first;
+  const void* second;
+  const uint8_t* mask;
+  Dtype dtype;
+};
+
+// Coefficients of first and second, and what multiplies the terms of second.
+struct CombineOptions {
+  double live[2], pruned[2], scale;
+  bool scaled;
+};
+
 // One score tensor of topk_mask in storage order: (outer, axis, inner), cut along `axis` into blocks of four if
 // `block`, else single weights. `chosen` has one bit per group, and is the mask itself for single weights; `allowed`
 // has the candidates, one bit per group, or is null. `wide` asks for 64-bit keys, which order float64 values.
@@ -120,6 +135,8 @@ struct TopkFound {
 struct TopkRatio {
   int64_t n, m;
 };
+// Keys that topk_n_of_m may write behind its tile.
+constexpr int64_t kTopkSlack = 16;
 
 struct Kernels {
 #define KERNEL(name, ...) void (*name)(__VA_ARGS__);

@@ -8,20 +8,29 @@ namespace {
 using sparsekern::TopkRatio;
 
 constexpr int64_t kTile = 64;
+using sparsekern::kTopkSlack;
 
 // Choice in row `j` of a tile: fewer than `n` others of the column rank before it, and it is a candidate.
 template <class Key>
 inline uint64_t tile_row(const Key* tile, int64_t rows, int64_t j, int64_t n) {
-  const Key* const own = tile + j * kTile;
-  uint32_t before[kTile] = {};
-  for (int64_t i = 0; i < j; ++i) {
-    for (int64_t c = 0; c < kTile; ++c) before[c] += tile[i * kTile + c] >= own[c];
+  constexpr int64_t kPart = 16;  // counts that stay in registers
+  uint32_t chosen[kTile];
+  for (int64_t from = 0; from < kTile; from += kPart) {
+    const Key* const part = tile + from;
+    Key own[kPart];
+    for (int64_t c = 0; c < kPart; ++c) own[c] = part[j * kTile + c];
+    uint32_t before[kPart] = {};
+    for (int64_t i = 0; i < j; ++i) {
+      for (int64_t c = 0; c < kPart; ++c) before[c] += part[i * kTile + c] >= own[c];
+    }
+    for (int64_t i = j + 1; i < rows; ++i) {
+      for (int64_t c = 0; c < kPart; ++c) before[c] += part[i * kTile + c] > own[c];
+    }
+    for (int64_t c = 0; c < kPart; ++c) {
+      chosen[from + c] = static_cast<uint32_t>((before[c] < n) & (own[c] != 0));
+    }
   }
-  for (int64_t i = j + 1; i < rows; ++i) {
-    for (int64_t c = 0; c < kTile; ++c) before[c] += tile[i * kTile + c] > own[c];
-  }
-  for (int64_t c = 0; c < kTile; ++c) before[c] = static_cast<uint32_t>((before[c] < n) & (own[c] != 0));
-  return at_least_bits(before, uint32_t{1});
+  return at_least_bits(chosen, uint32_t{1});
 }
 
 // `columns` <= 64 groups that are neighbours in memory, their weights `inner` apart.
@@ -41,13 +50,22 @@ inline bool apart(const TopkTensor& t, int64_t at, int64_t rows, int64_t columns
 // most kTile groups and kKeyBuffer weights in all `count` of them.
 template <class Key>
 inline bool together(const TopkTensor& t, int64_t at, int64_t rows, int64_t count, int64_t n, Key* tile) {
-  Key keys[kKeyBuffer];
+  Key keys[kKeyBuffer + kTopkSlack];
   const int64_t inner = t.inner, stretch = rows * inner;
   const bool nan = topk_keys(t, at, at + count * stretch, keys);
   for (int64_t j = 0; j < rows; ++j) {
     Key* out = tile + j * kTile;
-    for (int64_t c = 0; c < count; ++c) {
-      for (int64_t i = 0; i < inner; ++i) *out++ = keys[c * stretch + j * inner + i];
+    if (inner == 1) {
+      for (int64_t c = 0; c < count; ++c) *out++ = keys[c * rows + j];
+    } else if (inner <= kTopkSlack) {
+      // Of a fixed size, a vector; what is too much of it is overwritten by what follows.
+      for (int64_t c = 0; c < count; ++c, out += inner) {
+        __builtin_memcpy(out, keys + c * stretch + j * inner, kTopkSlack * sizeof(Key));
+      }
+    } else {
+      for (int64_t c = 0; c < count; ++c) {
+        for (int64_t i = 0; i < inner; ++i) *out++ = keys[c * stretch + j * inner + i];
+      }
     }
     while (out < tile + (j + 1) * kTile) *out++ = 0;
   }
@@ -95,7 +113,7 @@ inline bool n_of_m(const TopkTensor& t, const TopkRatio& ratio, int64_t begin, i
   return nan;
 }
 
-// Sets the chosen bits of outer slices [begin, end) in a zeroed mask. `tile` has room for 64 * min(m, axis) keys.
+// Sets the chosen bits of outer slices [begin, end) in a zeroed mask. `tile` has room for 64 * min(m, axis) + kTopkSlack keys.
 void topk_n_of_m(const TopkTensor& t, const TopkRatio& ratio, int64_t begin, int64_t end, void* tile, bool* nan) {
   *nan |= t.wide ? n_of_m(t, ratio, begin, end, static_cast<uint64_t*>(tile))
                  : n_of_m(t, ratio, begin, end, static_cast<uint32_t*>(tile));

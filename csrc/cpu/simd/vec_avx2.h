@@ -35,11 +35,13 @@ struct F32x8 {
   // Past the caches, to a whole vector; readers wait for `fence`.
   void stream(float* p) const { _mm256_stream_ps(p, v); }
   static void fence() { _mm_sfence(); }
-  F32x8 keep(uint32_t bits) const {
+  static __m256 lanes(uint32_t bits) {
     const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     const __m256i on = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane), lane);
-    return {_mm256_and_ps(v, _mm256_castsi256_ps(on))};
+    return _mm256_castsi256_ps(on);
   }
+  F32x8 keep(uint32_t bits) const { return {_mm256_and_ps(v, lanes(bits))}; }
+  F32x8 or_else(uint32_t bits, F32x8 other) const { return {_mm256_blendv_ps(other.v, v, lanes(bits))}; }
   F32x8 root() const { return {_mm256_sqrt_ps(v)}; }
   F32x8 negate() const { return {_mm256_xor_ps(v, _mm256_set1_ps(-0.0f))}; }
   static F32x8 splat(float x) { return {_mm256_set1_ps(x)}; }
@@ -121,11 +123,12 @@ struct F64x4 {
   static F64x4 set(double x) { return {_mm256_set1_pd(x)}; }
   static F64x4 load(const double* p) { return {_mm256_loadu_pd(p)}; }
   void store(double* p) const { _mm256_storeu_pd(p, v); }
-  F64x4 keep(uint32_t bits) const {
+  static __m256d lanes(uint32_t bits) {
     const __m256i lane = _mm256_setr_epi64x(1, 2, 4, 8);
-    const __m256i on = _mm256_cmpeq_epi64(_mm256_and_si256(_mm256_set1_epi64x(bits), lane), lane);
-    return {_mm256_and_pd(v, _mm256_castsi256_pd(on))};
+    return _mm256_castsi256_pd(_mm256_cmpeq_epi64(_mm256_and_si256(_mm256_set1_epi64x(bits), lane), lane));
   }
+  F64x4 keep(uint32_t bits) const { return {_mm256_and_pd(v, lanes(bits))}; }
+  F64x4 or_else(uint32_t bits, F64x4 other) const { return {_mm256_blendv_pd(other.v, v, lanes(bits))}; }
   F64x4 root() const { return {_mm256_sqrt_pd(v)}; }
   F64x4 negate() const { return {_mm256_xor_pd(v, _mm256_set1_pd(-0.0))}; }
 };

@@ -39,6 +39,9 @@ struct F32x16 {
   void stream(float* p) const { _mm512_stream_ps(p, v); }
   static void fence() { _mm_sfence(); }
   F32x16 keep(uint32_t bits) const { return {_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), v)}; }
+  F32x16 or_else(uint32_t bits, F32x16 other) const {
+    return {_mm512_mask_mov_ps(other.v, static_cast<__mmask16>(bits), v)};
+  }
   F32x16 root() const { return {_mm512_maskz_sqrt_ps(0xffff, v)}; }
   F32x16 negate() const { return {_mm512_xor_ps(v, _mm512_set1_ps(-0.0f))}; }
   static F32x16 splat(float x) { return {_mm512_set1_ps(x)}; }
@@ -133,6 +136,9 @@ struct F64x8 {
   static F64x8 load(const double* p) { return {_mm512_loadu_pd(p)}; }
   void store(double* p) const { _mm512_storeu_pd(p, v); }
   F64x8 keep(uint32_t bits) const { return {_mm512_maskz_mov_pd(static_cast<__mmask8>(bits), v)}; }
+  F64x8 or_else(uint32_t bits, F64x8 other) const {
+    return {_mm512_mask_mov_pd(other.v, static_cast<__mmask8>(bits), v)};
+  }
   F64x8 root() const { return {_mm512_maskz_sqrt_pd(0xff, v)}; }
   F64x8 negate() const { return {_mm512_xor_pd(v, _mm512_set1_pd(-0.0))}; }
 };

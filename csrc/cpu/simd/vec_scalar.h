@@ -93,6 +93,8 @@ struct Lane {
   static void fence() {}
   // Lanes whose bit is 0 become +0; `bits` holds one bit per lane from bit 0 on.
   Lane keep(uint32_t bits) const { return {bits & 1u ? value : T(0)}; }
+  // Lanes whose bit is 0 are those of `other`.
+  Lane or_else(uint32_t bits, Lane other) const { return bits & 1u ? *this : other; }
   Lane root() const { return {square_root(value)}; }
   Lane negate() const { return {-value}; }
   static Lane splat(T x) { return {x}; }

@@ -1,0 +1,65 @@
+// Two weighted sums of two tensors, chosen between by a mask, over [begin, end) of one entry. The contract is
+// sparsekern/ops/masked_combine.py.
+#pragma once
+#include "masked_step.h"
+
+namespace {
+
+using sparsekern::CombineOptions;
+using sparsekern::CombineTensor;
+
+template <class V>
+struct Term {
+  const bool there, whole;  // coefficients 0 and 1 multiply nothing
+  const V factor;
+  explicit Term(double x) : there(x != 0), whole(x == 1), factor(V::set(x)) {}
+  inline __attribute__((always_inline)) V of(V x) const { return whole ? x : factor * x; }
+};
+
+// V computes, S is the type in memory.
+template <class V, class S>
+struct MaskedCombine {
+  static constexpr int kLanes = V::kLanes;
+  S* const output;
+  const S* const first;
+  const S* const second;
+  const uint8_t* const mask;
+  const bool scaled;
+  const V scale;
+  const Term<V> live_first, live_second, pruned_first, pruned_second;
+
+  MaskedCombine(const CombineTensor& t, const CombineOptions& o)
+      : output(static_cast<S*>(t.output)),
+        first(static_cast<const S*>(t.first)),
+        second(static_cast<const S*>(t.second)),
+        mask(t.mask),
+        scaled(o.scaled),
+        scale(V::set(o.scale)),
+        live_first(o.live[0]),
+        live_second(o.live[1]),
+        pruned_first(o.pruned[0]),
+        pruned_second(o.pruned[1]) {}
+
+  inline __attribute__((always_inline)) V sum(const Term<V>& a, V x, const Term<V>& b, V y) const {
+    if (!b.there) return a.there ? a.of(x) : V::set(0);
+    const V term = scaled ? b.of(y) * scale : b.of(y);
+    return a.there ? a.of(x) + term : term;
+  }
+
+  inline __attribute__((always_inline)) void update(int64_t i) const {
+    const V x = V::load(first + i), y = second ? V::load(second + i) : x;
+    const V live = sum(live_first, x, live_second, y);
+    if (!mask) return live.store(output + i);
+    live.or_else(mask_bits<kLanes>(mask, i), sum(pruned_first, x, pruned_second, y)).store(output + i);
+  }
+};
+
+void masked_combine(const CombineTensor& t, const CombineOptions& o, int64_t begin, int64_t end) {
+  with_types(t.dtype, [&]<class T, class S>(T, S) {
+    const MaskedCombine<typename WideOf<T>::type, S> wide(t, o);
+    const MaskedCombine<Lane<T>, S> narrow(t, o);
+    step_all(narrow, step_all(wide, begin, end), end);
+  });
+}
+
+}  // namespace

@@ -1,0 +1,111 @@
+"""masked_combine_: of each element one of two weighted sums, as a packed mask says; one call for a whole model.
+
+    output = live[0] * first + live[1] * second        where the mask is 1
+    output = pruned[0] * first + pruned[1] * second    elsewhere
+
+With it a method computes the weights of its forward pass, (1, 0) and (0, 0), changes gradients where a mask is 0 and
+puts back what was to stay.
+
+- A term with coefficient 0 is left out, never multiplied, so NaN and Inf reach nothing; without terms an element is 0.
+- A term is rounded once, the sum once more (no fused multiply-add). `scale`, one float32 or float64 in a tensor on the
+  device of the outputs, multiplies the terms of `second` after that, with a rounding of its own.
+- `masks[i]` holds packed bits in the storage order of `outputs[i]` (see `pack_mask`) or is None: all ones.
+- `second` may be an empty list if both of its coefficients are 0. `outputs[i]` may be `first[i]` or `second[i]` itself.
+- bfloat16 and float16 compute in float32 and round once when they are stored. Coefficients are rounded to the compute
+  type.
+
+On a GPU the reference serves it, several passes in place of one. No gradient.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparsekern._library import define
+from sparsekern.ops.operands import as_layout, check_entry, check_overlap, check_scalar, is_dense
+from sparsekern.ops.packing import unpack_mask
+
+
+def reference(outputs, first, second, masks, *, live, pruned, scale=None):
+    _check_lists(outputs, first, second, masks, live, pruned)
+    for i, out in enumerate(outputs):
+        compute = torch.float64 if out.dtype == torch.float64 else torch.float32
+        pair = [t[i].to(compute) if t else None for t in (first, second)]
+        if masks[i] is None:
+            out.copy_(_sum(live, pair, scale))
+            continue
+        keep = unpack_mask(masks[i], out)
+        out.copy_(torch.where(keep, _sum(live, pair, scale), _sum(pruned, pair, scale)))
+
+
+def _sum(factors, pair, scale) -> Tensor:
+    terms = [t * factor for t, factor in zip(pair, factors, strict=True) if factor != 0]
+    if factors[1] != 0 and scale is not None:
+        terms[-1] = terms[-1] * scale.to(terms[-1].dtype)
+    return terms[0] + terms[1] if len(terms) == 2 else terms[0] if terms else torch.zeros_like(pair[0])
+
+
+def fake(outputs, first, second, masks, *, live, pruned, scale=None):
+    _check_lists(outputs, first, second, masks, live, pruned)
+
+
+def _check_lists(outputs, first, second, masks, live, pruned) -> None:
+    """Raise unless the lists fit each other, for bare calls of the operator too."""
+    for name, factors in (("live", live), ("pruned", pruned)):
+        if len(factors) != 2:
+            raise ValueError(f"{name} must be two coefficients, of first and second, got {factors!r}")
+    needed = {"first": first, "masks": masks}
+    if len(second) or live[1] != 0 or pruned[1] != 0:
+        needed["second"] = second
+    for name, values in needed.items():
+        if len(values) != len(outputs):
+            raise ValueError(f"{name} must have one entry for each of the {len(outputs)} outputs, got {len(values)}")
+
+
+OP = define(
+    "masked_combine_(Tensor(a!)[] outputs, Tensor[] first, Tensor[] second, Tensor?[] masks, *, float[] live,"
+    " float[] pruned, Tensor? scale=None) -> ()",
+    reference,
+    fake,
+)
+
+
+def masked_combine_(
+    outputs: Sequence[Tensor],
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+    *,
+    live: tuple[float, float],
+    pruned: tuple[float, float],
+    scale: Tensor | None = None,
+) -> None:
+    """Write `outputs` in place; the module docstring is the contract.
+
+    All tensors are on one device; those of one entry share shape and dtype (float32, float64, bfloat16 or float16); any
+    strides. But for an output that is an operand itself, no output shares memory with anything else. Raises ValueError
+    or TypeError, before anything is changed, naming the argument at fault.
+    """
+    outputs, first, second, masks = list(outputs), list(first), list(second), list(masks)
+    _check_lists(outputs, first, second, masks, live, pruned)
+    for i, out in enumerate(outputs):
+        operands = {f"first[{i}]": first[i], **({f"second[{i}]": second[i]} if second else {})}
+        check_entry("outputs", i, out, outputs[0].device, operands, masks[i])
+    if scale is not None and outputs:
+        check_scalar("scale", scale, outputs[0].device)
+    apart = {n: [t for t, o in zip(v, outputs, strict=bool(v)) if t is not o] for n, v in
+             (("first", first), ("second", second))}  # fmt: skip
+    check_overlap({"outputs": outputs}, {**apart, "masks": [m for m in masks if m is not None]})
+    dense = [o if is_dense(o) else torch.empty_like(o) for o in outputs]
+    first, second = ([as_layout(t, o) for t, o in zip(v, dense, strict=bool(v))] for v in (first, second))
+    with torch.no_grad():
+        OP(dense, first, second, masks, live=list(map(float, live)), pruned=list(map(float, pruned)), scale=scale)
+        for out, result in zip(outputs, dense, strict=True):
+            if out is not result:
+                out.copy_(result)
+    # The dispatcher does not bump the counters that let autograd detect a stale saved tensor.
+    torch.autograd.graph.increment_version(outputs)
+
+
+masked_combine_.reference = reference
