@@ -107,11 +107,8 @@ def test_bad_input_is_named():
         ({"outputs": [torch.zeros(9).long()]}, r"outputs\[0\] must be one of"),
         ({"scale": torch.ones(2)}, "scale must be one float32 or float64 number"),
     ]:
-        arguments = {**good, **change}
         with pytest.raises((ValueError, TypeError), match=words):
-            sk.ops.masked_combine_(
-                *(arguments.pop(name) for name in ("outputs", "first", "second", "masks")), **arguments
-            )
+            sk.ops.masked_combine_(**{**good, **change})
         assert not good["outputs"][0].any()
     both = torch.zeros(18)
     with pytest.raises(ValueError, match=r"outputs\[0\] overlaps the memory of first\[0\]|first\[0\] overlaps"):

@@ -4,18 +4,26 @@ A layer's weight stays the same Parameter under the same name and keeps dense va
 layer's forward pass a pre-hook shadows it by the effective weight, which autograd connects to the store; a hook that
 also runs after an exception takes the shadow away. So parameters, optimizers, state dicts and shared weights see
 nothing of it. `finalize` writes the effective weights into the store and leaves a plain module.
+
+The shadow is one tensor per weight, kept from step to step: fresh memory for a whole model in each step would cost as
+much as all the arithmetic. It is computed anew in every forward pass, so no way of changing a weight is missed. To
+autograd it is what a parameter is: a backward pass that comes after a change of the weight raises an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sparsekern._library import zeros_like
 from sparsekern.masks import MaskSet
 from sparsekern.methods.base import Sparsifier
+from sparsekern.ops import masked_combine_, unpack_mask
+from sparsekern.ops.operands import as_layout, is_dense
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -40,8 +48,11 @@ class _Swap:
         self.sparsifier, self.name, self.key = sparsifier, name, key
 
     def enter(self, module: nn.Module, _: Any) -> None:
+        weight = module._parameters[self.key]
+        # In a compiled model the formula becomes part of the graph.
+        compute = self.sparsifier.effective if torch.compiler.is_compiling() else self.sparsifier.shadow
         # The instance dictionary comes before nn.Module's look-up of parameters and is no part of the state dict.
-        module.__dict__[self.key] = self.sparsifier.effective(self.name, module._parameters[self.key])
+        module.__dict__[self.key] = compute(self.name, weight)
 
     def leave(self, module: nn.Module, *_: Any) -> None:
         module.__dict__.pop(self.key, None)
@@ -56,6 +67,18 @@ class _Swap:
         )
 
 
+@dataclass
+class _Shadow:
+    """The effective weight of one parameter, in memory of its own."""
+
+    value: Tensor
+    """What layers compute with and autograd saves."""
+    written: Tensor
+    """The same memory with a version counter of its own."""
+    cause: Any = None
+    """What `value` followed from when its version counter last moved."""
+
+
 class EffectiveSparsifier(Sparsifier):
     """A method with a dense store: the forward weight of a layer is `effective(name, stored weight)`.
 
@@ -63,12 +86,42 @@ class EffectiveSparsifier(Sparsifier):
     `masks` says which effective weights are live. Weights and momentum of the others are not zero in the store.
 
     A subclass implements `effective` and `_begin`. `effective` runs inside torch.compile: what changes from step to
-    step must reach it as tensors.
+    step must reach it as tensors. `_fill` and `_connect` may compute the same in fewer passes, without a graph.
     """
 
     def effective(self, name: str, weight: Tensor) -> Tensor:
         """The weight that layers use in place of `weight`, connected to it by autograd."""
         raise NotImplementedError
+
+    def _fill(self, name: str, weight: Tensor, out: Tensor) -> None:
+        """Write the value of `effective(name, weight)` into `out`, laid out as `weight`; no gradients here."""
+        out.copy_(self.effective(name, weight))
+
+    def _connect(self, name: str, weight: Tensor, value: Tensor) -> Tensor:
+        """`value`, which `_fill` wrote, with the gradient of `effective`."""
+        return straight_through(weight, value)
+
+    def _cause(self, name: str) -> Any:
+        """What the effective weight follows from beside the weight."""
+        return self.masks.version(name)
+
+    def shadow(self, name: str, weight: Tensor) -> Tensor:
+        """As `effective`, in memory that is used again in the next forward pass."""
+        if weight is not self.masks.parameter(name):
+            return self.effective(name, weight)  # of a copy of the model
+        found = self._shadows.get(name)
+        if found is None or not _alike(found.value, weight, weight.dtype):
+            with torch.inference_mode(False):
+                value = zeros_like(weight.detach())
+            found = self._shadows[name] = _Shadow(value, value.data)
+        with torch.no_grad():
+            self._fill(name, weight.detach(), found.written)
+        cause = weight._version, weight.data_ptr(), self._cause(name)
+        if cause != found.cause:
+            torch.autograd.graph.increment_version([found.value])
+            found.cause = cause
+        connected = torch.is_grad_enabled() and weight.requires_grad
+        return self._connect(name, weight, found.value) if connected else found.value
 
     def needs_dense_gradient(self) -> bool:
         return True
@@ -80,6 +133,9 @@ class EffectiveSparsifier(Sparsifier):
                     f"exclude: must cover {path}.out_proj.weight, whose layer is never called by torch's "
                     f"MultiheadAttention, so {type(self).__name__} cannot replace its weight"
                 )
+        self._shadows: dict[str, _Shadow] = {}
+        self._scratch: dict[str, Tensor] = {}
+        self._workspaces: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._begin()
         self._refresh_kept()
 
@@ -101,16 +157,22 @@ class EffectiveSparsifier(Sparsifier):
         """Nothing: the store is dense."""
 
     def _refresh_kept(self) -> None:
-        """Unpack the masks; the forward pass must not look at a MaskSet, whose counters would recompile it."""
-        self._kept = {name: self.masks.bool(name) for name in self.masks}
+        """Fetch the masks; a compiled forward pass must not look at a MaskSet, whose counters would recompile it."""
+        self._bits = {name: (self.masks.parameter(name).stride(), self.masks.packed(name)) for name in self.masks}
 
     def kept(self, name: str, weight: Tensor) -> Tensor:
-        """The mask of `name` as a bool tensor on the device of `weight`."""
-        return to_device(self._kept[name], weight)
+        """The mask of `name` as a bool tensor on the device of `weight`, for formulas of single layers."""
+        strides, packed = self._bits[name]
+        stored = torch.empty_strided(weight.shape, strides, dtype=torch.bool, device=packed.device)
+        return to_device(unpack_mask(packed, stored), weight)
 
     def masked(self, name: str, weight: Tensor) -> Tensor:
         """`weight` with zeros where the mask says so, by selection; its gradient passes straight through."""
         return straight_through(weight, torch.where(self.kept(name, weight), weight.detach(), 0))
+
+    def _fill_masked(self, name: str, weight: Tensor, out: Tensor) -> None:
+        """The value of `masked`; `out` may be `weight`."""
+        masked_combine_([out], [weight], [], [self.masks.packed(name)], live=(1, 0), pruned=(0, 0))
 
     def _sync_masks(self) -> None:
         """Make `masks` agree with the effective weights, for methods in which they follow from them."""
@@ -143,6 +205,55 @@ class EffectiveSparsifier(Sparsifier):
             if weight.grad is not None:
                 yield name, weight, weight.grad
 
+    def _gradients(self) -> tuple[list[str], list[Tensor], list[Tensor]]:
+        """Names, weights and gradients of every prunable weight that has a gradient."""
+        found = list(self._masked_gradients())
+        return [n for n, _, _ in found], [w for _, w, _ in found], [g for _, _, g in found]
+
+    def _combine(
+        self,
+        outputs: Sequence[Tensor],
+        first: Sequence[Tensor],
+        second: Sequence[Tensor],
+        masks: MaskSet,
+        names: Sequence[str],
+        scaled: bool = False,
+        **factors: tuple[float, float],
+    ) -> None:
+        """masked_combine_ on tensors of the weights `names`; `scaled`: terms of `second` times the loss scale."""
+        scale = getattr(self.optimizer, "grad_scale", None) if scaled else None
+        by_device: dict[torch.device, list[int]] = {}
+        for i, out in enumerate(outputs):
+            by_device.setdefault(out.device, []).append(i)
+        for device, chosen in by_device.items():
+            # A gradient need not lie as its weight does, in whose order the mask is.
+            laid = [as_layout(outputs[i], masks.parameter(names[i])) for i in chosen]
+            masked_combine_(
+                laid, laid if first is outputs else [first[i] for i in chosen], [second[i] for i in chosen if second],
+                [masks.packed(names[i]) for i in chosen], scale=None if scale is None else scale.to(device), **factors,
+            )  # fmt: skip
+            for i, result in zip(chosen, laid, strict=True):
+                if result is not outputs[i]:
+                    outputs[i].copy_(result)
+
+    def _own(self, name: str, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Memory for as many values as that weight has, laid out as `like`; the same in each step, contents of none."""
+        found, dtype = self._scratch.get(name), dtype or like.dtype
+        if found is None or not _alike(found, like, dtype):
+            found = self._scratch[name] = zeros_like(like.detach().to(dtype))
+        return found
+
+    def _workspace(self, like: Tensor) -> Tensor:
+        """As `_own`, but the same memory for all weights: so much of it stays in the caches."""
+        if not is_dense(like):
+            return torch.empty_like(like)
+        key = like.device, like.dtype
+        found = self._workspaces.get(key)
+        if found is None or found.numel() < like.numel():
+            with torch.inference_mode(False):
+                found = self._workspaces[key] = zeros_like(like.detach().new_empty(like.numel()))
+        return found.as_strided(like.shape, like.stride())
+
     def _scaled(self, value: Tensor) -> Tensor:
         """`value` times the loss scale, if the optimizer is still to divide its gradients by it."""
         scale = getattr(self.optimizer, "grad_scale", None)
@@ -156,12 +267,22 @@ class EffectiveSparsifier(Sparsifier):
         for name in self.masks:
             parameter = self.masks.parameter(name)
             parameter.copy_(self.effective(name, parameter))
+        self._shadows, self._scratch, self._workspaces = {}, {}, {}
         return super().finalize()
+
+
+def _alike(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+    return a.shape == b.shape and a.stride() == b.stride() and a.device == b.device and a.dtype == dtype
 
 
 def to_device(value: Tensor, weight: Tensor) -> Tensor:
     """`value` on the device of `weight`, which may have moved since."""
     return value if value.device == weight.device else value.to(weight.device)
+
+
+def fill_shrunk(weight: Tensor, threshold: float, out: Tensor) -> None:
+    """Write sign(w) * relu(|w| - threshold), in one pass."""
+    torch.ops.aten.softshrink.out(weight, threshold, out=out)
 
 
 def only_unstructured(pattern: str, why: str) -> None:

@@ -38,6 +38,9 @@ class _Movement(Ramped, EffectiveSparsifier):
     def effective(self, name: str, weight: Tensor) -> Tensor:
         return self.masked(name, weight)
 
+    def _fill(self, name: str, weight: Tensor, out: Tensor) -> None:
+        self._fill_masked(name, weight, out)
+
     def _scores(self, name: str) -> Tensor:
         """In the layout and on the device of the weight, which packed masks have."""
         weight = self.masks.parameter(name)
@@ -49,16 +52,16 @@ class _Movement(Ramped, EffectiveSparsifier):
 
     @torch.no_grad()
     def _before_step(self) -> bool:
-        gradients, first = {}, None
-        for name, weight, gradient in self._masked_gradients():
-            first = weight if first is None else first
-            gradients[name] = (gradient * weight).float()
+        names, weights, gradients = self._gradients()
+        of_scores = {}
+        for name, weight, gradient in zip(names, weights, gradients, strict=True):
+            of_scores[name] = torch.mul(gradient, weight, out=self._own(name, weight, torch.float32))
             penalty = self._score_penalty(name)
             if penalty is not None:
-                gradients[name].add_(self._scaled(penalty))
-            gradient.masked_fill_(~self.kept(name, weight), 0)
-        if first is not None:
-            self.learned.step(self.optimizer, first, gradients)
+                of_scores[name].add_(self._scaled(penalty))
+        self._combine(gradients, gradients, [], self.masks, names, live=(1, 0), pruned=(0, 0))
+        if weights:
+            self.learned.step(self.optimizer, weights[0], of_scores)
         return False
 
     def _extra_state(self) -> dict[str, Any]:

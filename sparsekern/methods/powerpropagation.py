@@ -17,6 +17,8 @@ from torch.autograd.function import once_differentiable
 from sparsekern.methods.allocation import Allocation
 from sparsekern.methods.effective import EffectiveSparsifier
 from sparsekern.methods.held import Constant
+from sparsekern.ops import masked_combine_
+from sparsekern.ops.operands import as_layout
 from sparsekern.phases import Dense, Phase, PhaseSchedule, Sparse
 
 
@@ -33,6 +35,41 @@ class _Power(torch.autograd.Function):
         # Autograd's own formula is 0 * inf at 0 for alpha < 2.
         (phi,) = ctx.saved_tensors
         return gradient * ctx.alpha * phi.abs() ** (ctx.alpha - 1), None
+
+
+class _PowerOf(torch.autograd.Function):
+    """`theta`, computed already, as a power of `phi`; packed `kept` or None: where its gradient goes on."""
+
+    @staticmethod
+    def forward(ctx: Any, phi: Tensor, theta: Tensor, alpha: float, kept: Tensor | None) -> Tensor:
+        ctx.save_for_backward(phi)
+        ctx.alpha, ctx.kept = alpha, kept
+        return theta.view_as(theta)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        (phi,) = ctx.saved_tensors
+        size = phi.abs()
+        if ctx.alpha != 2:
+            size.pow_(ctx.alpha - 1)
+        result = as_layout(gradient, phi).mul(ctx.alpha)
+        if ctx.kept is not None:
+            masked_combine_([result], [result], [], [ctx.kept], live=(1, 0), pruned=(0, 0))
+        return result.mul_(size), None, None, None
+
+
+def power_of(phi: Tensor, theta: Tensor, alpha: float, kept: Tensor | None = None) -> Tensor:
+    """`theta` as it is, with the gradient of `power(phi, alpha)` where the packed mask `kept` has a bit, else 0."""
+    return _PowerOf.apply(phi, theta, alpha, kept)
+
+
+def fill_power(phi: Tensor, alpha: float, out: Tensor) -> None:
+    """Write the value of `power(phi, alpha)` into `out`."""
+    torch.abs(phi, out=out)
+    if alpha != 2:
+        out.pow_(alpha - 1)
+    out.mul_(phi)
 
 
 def power(phi: Tensor, alpha: float) -> Tensor:
@@ -98,6 +135,18 @@ class Powerpropagation(EffectiveSparsifier):
 
     def effective(self, name: str, weight: Tensor) -> Tensor:
         return torch.where(self.kept(name, weight), power(weight, self.alpha), 0)
+
+    def _fill(self, name: str, weight: Tensor, out: Tensor) -> None:
+        fill_power(weight, self.alpha, out)
+        if isinstance(self.phase, Sparse):
+            self._fill_masked(name, out, out)
+
+    def _connect(self, name: str, weight: Tensor, value: Tensor) -> Tensor:
+        kept = self.masks.packed(name) if isinstance(self.phase, Sparse) else None
+        return power_of(weight, value, self.alpha, kept)
+
+    def _cause(self, name: str) -> Any:
+        return super()._cause(name), self.alpha
 
     @torch.no_grad()
     def set_alpha(self, alpha: float) -> None:

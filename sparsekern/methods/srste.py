@@ -49,8 +49,13 @@ class SRSTE(Repeated, EffectiveSparsifier):
     def effective(self, name: str, weight: Tensor) -> Tensor:
         return self.masked(name, weight)
 
+    def _fill(self, name: str, weight: Tensor, out: Tensor) -> None:
+        self._fill_masked(name, weight, out)
+
     @torch.no_grad()
     def _before_step(self) -> bool:
-        for name, weight, gradient in self._masked_gradients():
-            gradient.add_(self._scaled(self.decay * weight.masked_fill(self.kept(name, weight), 0)))
+        names, weights, gradients = self._gradients()
+        self._combine(
+            gradients, gradients, weights, self.masks, names, scaled=True, live=(1, 0), pruned=(1, self.decay)
+        )
         return False

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from sparsekern.distributions import check_sparsity
-from sparsekern.methods.effective import EffectiveSparsifier, only_unstructured, straight_through, to_device
+from sparsekern.methods.effective import (
+    EffectiveSparsifier,
+    fill_shrunk,
+    only_unstructured,
+    straight_through,
+    to_device,
+)
 from sparsekern.methods.repeated import Ramped
 from sparsekern.ops import topk_mask, unpack_mask
 from sparsekern.phases import Dense, Phase, Sparse
@@ -31,6 +37,15 @@ def soft_threshold(weight: Tensor, threshold: Tensor) -> Tensor:
     dims = tuple(range(1, weight.dim()))
     share = (kept.mean(dims, keepdim=True) + 1e-6) / (size.mean(dims, keepdim=True) + 1e-6)
     return 1.01 / (share + 0.01) * weight.sign() * torch.where(size > threshold, size - threshold, 0)
+
+
+def fill_soft_threshold(weight: Tensor, threshold: float, out: Tensor, size: Tensor) -> None:
+    """Write the value of `soft_threshold` into `out`; `size` is another tensor laid out as `weight`, to work in."""
+    dims = tuple(range(1, weight.dim()))
+    whole = torch.abs(weight, out=size).mean(dims, keepdim=True).add_(1e-6)
+    share = torch.hardshrink(size, threshold, out=out).mean(dims, keepdim=True).add_(1e-6).div_(whole)
+    fill_shrunk(weight, threshold, out)
+    out.mul_(1.01 / share.add_(0.01))
 
 
 def quantile(sizes: Sequence[Tensor], ratio: float) -> Tensor:
@@ -105,6 +120,16 @@ class ST3(Ramped, EffectiveSparsifier):
     def effective(self, name: str, weight: Tensor) -> Tensor:
         from_store = weight.detach()
         return straight_through(weight, soft_threshold(from_store, to_device(self.thresholds[name], weight)))
+
+    def _fill(self, name: str, weight: Tensor, out: Tensor) -> None:
+        fill_soft_threshold(weight, float(self.thresholds[name]), out, self._workspace(weight))
+
+    def _cause(self, name: str) -> Any:
+        return id(self.thresholds[name])
+
+    def shadow(self, name: str, weight: Tensor) -> Tensor:
+        # Kernels that take the threshold as a number would wait for a GPU.
+        return super().shadow(name, weight) if weight.device.type == "cpu" else self.effective(name, weight)
 
     def masks_are_current(self) -> bool:
         return False  # they follow from weights, which move in every step

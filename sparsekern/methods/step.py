@@ -86,6 +86,9 @@ class STEP(EffectiveSparsifier):
     def effective(self, name: str, weight: Tensor) -> Tensor:
         return self.masked(name, weight)
 
+    def _fill(self, name: str, weight: Tensor, out: Tensor) -> None:
+        self._fill_masked(name, weight, out)
+
     def _parameters(self) -> list[nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
@@ -100,7 +103,8 @@ class STEP(EffectiveSparsifier):
                 self._preconditioned_step()
             return True
         if self._watching():
-            self._variance = [v.clone() for v in self._variances()]
+            now = self._variances()
+            self._variance = [self._own(f"second moment {i}", v).copy_(v) for i, v in enumerate(now)]
         return False
 
     @torch.no_grad()
@@ -109,7 +113,8 @@ class STEP(EffectiveSparsifier):
             return
         now = self._variances()
         if len(now) == len(self._variance) and now:
-            moved = sum((a - b).abs().sum(dtype=torch.float64) for a, b in zip(now, self._variance, strict=True))
+            pairs = zip(now, self._variance, strict=True)
+            moved = sum(torch.sub(a, b, out=b).abs_().sum(dtype=torch.float64) for a, b in pairs)
             if not self._overflowed():
                 self.changes[self.seen % self.window] = float(moved) / sum(v.numel() for v in now)
                 self.seen += 1
@@ -166,7 +171,9 @@ class STEP(EffectiveSparsifier):
                     g = g.add(p, alpha=decay)
                 state["step"] += 1
                 state["exp_avg"].lerp_(g, 1 - beta1)
-                root = (state["exp_avg_sq"] / (1 - beta2 ** at_switch[p])).sqrt_().add_(float(group["eps"]))
+                second = state["exp_avg_sq"]
+                root = torch.div(second, 1 - beta2 ** at_switch[p], out=self._workspace(second))
+                root.sqrt_().add_(float(group["eps"]))
                 p.addcdiv_(state["exp_avg"], root, value=-lr / (1 - beta1 ** float(state["step"])))
 
     def _extra_state(self) -> dict[str, Any]:

@@ -11,11 +11,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from sparsekern.methods.effective import EffectiveSparsifier, only_unstructured, to_device
+from sparsekern.methods.effective import EffectiveSparsifier, fill_shrunk, only_unstructured, to_device
 from sparsekern.methods.held import Constant
 from sparsekern.methods.learnables import Learnables, check_number
 from sparsekern.phases import Dense
+
+
+class _Shrunk(torch.autograd.Function):
+    """`value`, which is `weight` with a soft threshold: gradients pass where it cuts nothing off."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, value: Tensor, threshold: float) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.threshold = threshold
+        return value.view_as(value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return torch.ops.aten.softshrink_backward(gradient, weight, ctx.threshold), None, None
 
 
 class STR(EffectiveSparsifier):
@@ -60,6 +77,19 @@ class STR(EffectiveSparsifier):
     def effective(self, name: str, weight: Tensor) -> Tensor:
         return weight.sign() * (weight.abs() - self.threshold(name, weight)).relu()
 
+    def _fill(self, name: str, weight: Tensor, out: Tensor) -> None:
+        fill_shrunk(weight, float(self.threshold(name, weight)), out)
+
+    def _connect(self, name: str, weight: Tensor, value: Tensor) -> Tensor:
+        return _Shrunk.apply(weight, value, float(self.threshold(name, weight)))
+
+    def _cause(self, name: str) -> Any:
+        return self.learned.values[name]._version
+
+    def shadow(self, name: str, weight: Tensor) -> Tensor:
+        # A kernel that takes the threshold as a number would wait for a GPU.
+        return super().shadow(name, weight) if weight.device.type == "cpu" else self.effective(name, weight)
+
     @torch.no_grad()
     def _before_step(self) -> bool:
         gradients, first = {}, None
@@ -67,7 +97,7 @@ class STR(EffectiveSparsifier):
             first = weight if first is None else first
             # The weight's gradient is 0 where the threshold cuts it off, so this sums over the live weights.
             slope = to_device(self.learned.values[name].detach(), weight).sigmoid()
-            total = (weight.sign() * gradient).sum(dtype=torch.float32)
+            total = torch.sign(weight, out=self._workspace(weight)).mul_(gradient).sum(dtype=torch.float32)
             gradients[name] = -(slope * (1 - slope) * total).reshape(1)
         if first is not None:
             self.learned.step(self.optimizer, first, gradients)

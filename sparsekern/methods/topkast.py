@@ -16,9 +16,9 @@ from torch import Tensor
 from sparsekern.distributions import check_sparsity
 from sparsekern.masks import MaskSet
 from sparsekern.methods.allocation import Allocation
-from sparsekern.methods.effective import EffectiveSparsifier, straight_through, to_device
+from sparsekern.methods.effective import EffectiveSparsifier, straight_through
 from sparsekern.methods.held import Constant
-from sparsekern.methods.powerpropagation import change_power, check_alpha, power
+from sparsekern.methods.powerpropagation import change_power, check_alpha, fill_power, power, power_of
 from sparsekern.methods.repeated import Repeated
 from sparsekern.phases import Sparse
 
@@ -87,37 +87,39 @@ class TopKAST(Repeated, EffectiveSparsifier):
             self.allocation.select(masks, self.allocation.budget(sparsity), scores)
         self._refresh_kept()
 
-    def _refresh_kept(self) -> None:
-        super()._refresh_kept()
-        self._outside = {name: ~self.backward_masks.bool(name) for name in self.masks}
-
     def effective(self, name: str, weight: Tensor) -> Tensor:
         theta = power(weight, self.alpha)
         return straight_through(theta, torch.where(self.kept(name, weight), theta.detach(), 0))
 
+    def _fill(self, name: str, weight: Tensor, out: Tensor) -> None:
+        if self.alpha == 1:
+            return self._fill_masked(name, weight, out)
+        fill_power(weight, self.alpha, out)
+        self._fill_masked(name, out, out)
+
+    def _connect(self, name: str, weight: Tensor, value: Tensor) -> Tensor:
+        return straight_through(weight, value) if self.alpha == 1 else power_of(weight, value, self.alpha)
+
     @torch.no_grad()
     def _before_step(self) -> bool:
-        self._frozen = {}
-        for name, weight, gradient in self._masked_gradients():
-            outside = to_device(self._outside[name], weight)
-            if self.penalty:
-                # A weight in A counts 1, one in B without A counts 1 / D.
-                factor = torch.where(self.kept(name, weight), self.penalty, self.penalty / (1 - self.sparsity))
-                gradient.add_(self._scaled(factor.to(weight.dtype) * weight))
-            gradient.masked_fill_(outside, 0)
-            self._frozen[name] = weight.detach().clone()
+        names, weights, gradients = self._gradients()
+        if self.penalty:
+            # A weight in A counts 1, one in B without A counts 1 / D.
+            live, pruned = (1.0, self.penalty), (1.0, self.penalty / (1 - self.sparsity))
+            self._combine(gradients, gradients, weights, self.masks, names, scaled=True, live=live, pruned=pruned)
+        self._combine(gradients, gradients, [], self.backward_masks, names, live=(1, 0), pruned=(0, 0))
+        self._moving = names, weights
+        self._frozen = [self._own(name, weight).copy_(weight) for name, weight in zip(names, weights, strict=True)]
         return False
 
     @torch.no_grad()
     def _after_step(self) -> None:
         # Weight decay and old momentum would move what is frozen; copying it back is exact for any optimizer.
-        for name, before in self._frozen.items():
-            weight = self.masks.parameter(name)
-            outside = to_device(self._outside[name], weight)
-            weight.copy_(torch.where(outside, before, weight))
-            for buffer in self.momentum(weight):
-                buffer.masked_fill_(outside, 0)
-        self._frozen = {}
+        names, weights = self._moving
+        self._combine(weights, weights, self._frozen, self.backward_masks, names, live=(1, 0), pruned=(0, 1))
+        buffers = [(n, b) for n, w in zip(names, weights, strict=True) for b in self.momentum(w)]
+        moved = [b for _, b in buffers]
+        self._combine(moved, moved, [], self.backward_masks, [n for n, _ in buffers], live=(1, 0), pruned=(0, 0))
 
     def _extra_state(self) -> dict[str, Any]:
         return {**super()._extra_state(), "backward_masks": self.backward_masks.state_dict()}
