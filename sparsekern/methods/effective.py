@@ -23,6 +23,7 @@ from sparsekern._library import zeros_like
 from sparsekern.masks import MaskSet
 from sparsekern.methods.base import Sparsifier
 from sparsekern.ops import masked_combine_, unpack_mask
+from sparsekern.ops.masked_combine import OP as MASKED_COMBINE
 from sparsekern.ops.operands import as_layout, is_dense
 
 
@@ -171,8 +172,15 @@ class EffectiveSparsifier(Sparsifier):
         return straight_through(weight, torch.where(self.kept(name, weight), weight.detach(), 0))
 
     def _fill_masked(self, name: str, weight: Tensor, out: Tensor) -> None:
-        """The value of `masked`; `out` may be `weight`."""
-        masked_combine_([out], [weight], [], [self.masks.packed(name)], live=(1, 0), pruned=(0, 0))
+        """The value of `masked`; `out`, laid out as `weight`, may be `weight` itself."""
+        strides, packed = self._bits[name]
+        if strides != weight.stride() or packed.device != weight.device:
+            packed = self.masks.packed(name)
+        if is_dense(weight):
+            # The operator itself: what its function checks holds, and its time would count here, once for each layer.
+            MASKED_COMBINE([out], [weight], [], [packed], live=[1.0, 0.0], pruned=[0.0, 0.0])
+        else:
+            masked_combine_([out], [weight], [], [packed], live=(1, 0), pruned=(0, 0))
 
     def _sync_masks(self) -> None:
         """Make `masks` agree with the effective weights, for methods in which they follow from them."""

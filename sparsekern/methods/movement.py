@@ -18,6 +18,7 @@ from sparsekern.methods.effective import EffectiveSparsifier, only_unstructured
 from sparsekern.methods.learnables import Learnables, check_number
 from sparsekern.methods.repeated import Ramped
 from sparsekern.ops import pack_mask, topk_mask
+from sparsekern.ops.operands import same_layout
 from sparsekern.ops.topk_mask import group_count
 from sparsekern.phases import Dense, Phase, Sparse
 from sparsekern.updates import UpdatePlan, UpdateSchedule
@@ -43,8 +44,10 @@ class _Movement(Ramped, EffectiveSparsifier):
 
     def _scores(self, name: str) -> Tensor:
         """In the layout and on the device of the weight, which packed masks have."""
-        weight = self.masks.parameter(name)
-        return torch.empty_like(weight, dtype=torch.float32).copy_(self.learned.values[name].detach())
+        weight, value = self.masks.parameter(name), self.learned.values[name].detach()
+        if value.device == weight.device and same_layout(value, weight):
+            return value
+        return torch.empty_like(weight, dtype=torch.float32).copy_(value)
 
     def _score_penalty(self, name: str) -> Tensor | None:
         """What the penalty on scores adds to their gradient."""
