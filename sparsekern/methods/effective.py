@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekern._library import zeros_like
 from sparsekern.masks import MaskSet
 from sparsekern.methods.base import Sparsifier
+from sparsekern.methods.memory import Memory
 from sparsekern.ops import masked_combine_, unpack_mask
 from sparsekern.ops.masked_combine import OP as MASKED_COMBINE
 from sparsekern.ops.operands import as_layout, is_dense
@@ -111,9 +111,8 @@ class EffectiveSparsifier(Sparsifier):
         if weight is not self.masks.parameter(name):
             return self.effective(name, weight)  # of a copy of the model
         found = self._shadows.get(name)
-        if found is None or not _alike(found.value, weight, weight.dtype):
-            with torch.inference_mode(False):
-                value = zeros_like(weight.detach())
+        value = self.memory.own(name, weight)
+        if found is None or found.value is not value:
             found = self._shadows[name] = _Shadow(value, value.data)
         with torch.no_grad():
             self._fill(name, weight.detach(), found.written)
@@ -135,8 +134,7 @@ class EffectiveSparsifier(Sparsifier):
                     f"MultiheadAttention, so {type(self).__name__} cannot replace its weight"
                 )
         self._shadows: dict[str, _Shadow] = {}
-        self._scratch: dict[str, Tensor] = {}
-        self._workspaces: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self.memory = Memory()
         self._begin()
         self._refresh_kept()
 
@@ -244,24 +242,6 @@ class EffectiveSparsifier(Sparsifier):
                 if result is not outputs[i]:
                     outputs[i].copy_(result)
 
-    def _own(self, name: str, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Memory for as many values as that weight has, laid out as `like`; the same in each step, contents of none."""
-        found, dtype = self._scratch.get(name), dtype or like.dtype
-        if found is None or not _alike(found, like, dtype):
-            found = self._scratch[name] = zeros_like(like.detach().to(dtype))
-        return found
-
-    def _workspace(self, like: Tensor) -> Tensor:
-        """As `_own`, but the same memory for all weights: so much of it stays in the caches."""
-        if not is_dense(like):
-            return torch.empty_like(like)
-        key = like.device, like.dtype
-        found = self._workspaces.get(key)
-        if found is None or found.numel() < like.numel():
-            with torch.inference_mode(False):
-                found = self._workspaces[key] = zeros_like(like.detach().new_empty(like.numel()))
-        return found.as_strided(like.shape, like.stride())
-
     def _scaled(self, value: Tensor) -> Tensor:
         """`value` times the loss scale, if the optimizer is still to divide its gradients by it."""
         scale = getattr(self.optimizer, "grad_scale", None)
@@ -275,12 +255,8 @@ class EffectiveSparsifier(Sparsifier):
         for name in self.masks:
             parameter = self.masks.parameter(name)
             parameter.copy_(self.effective(name, parameter))
-        self._shadows, self._scratch, self._workspaces = {}, {}, {}
+        self._shadows, self.memory = {}, Memory()
         return super().finalize()
-
-
-def _alike(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
-    return a.shape == b.shape and a.stride() == b.stride() and a.device == b.device and a.dtype == dtype
 
 
 def to_device(value: Tensor, weight: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ class _Movement(Ramped, EffectiveSparsifier):
         names, weights, gradients = self._gradients()
         of_scores = {}
         for name, weight, gradient in zip(names, weights, gradients, strict=True):
-            of_scores[name] = torch.mul(gradient, weight, out=self._own(name, weight, torch.float32))
+            of_scores[name] = torch.mul(gradient, weight, out=self.memory.own(f"{name} score", weight, torch.float32))
             penalty = self._score_penalty(name)
             if penalty is not None:
                 of_scores[name].add_(self._scaled(penalty))

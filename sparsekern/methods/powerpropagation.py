@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 from sparsekern.methods.allocation import Allocation
 from sparsekern.methods.effective import EffectiveSparsifier
 from sparsekern.methods.held import Constant
+from sparsekern.methods.memory import Memory
 from sparsekern.ops import masked_combine_
-from sparsekern.ops.operands import as_layout
 from sparsekern.phases import Dense, Phase, PhaseSchedule, Sparse
 
 
@@ -41,27 +41,29 @@ class _PowerOf(torch.autograd.Function):
     """`theta`, computed already, as a power of `phi`; packed `kept` or None: where its gradient goes on."""
 
     @staticmethod
-    def forward(ctx: Any, phi: Tensor, theta: Tensor, alpha: float, kept: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, phi: Tensor, theta: Tensor, alpha: float, memory: Memory, name: str, kept: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(phi)
-        ctx.alpha, ctx.kept = alpha, kept
+        ctx.alpha, ctx.memory, ctx.name, ctx.kept = alpha, memory, name, kept
         return theta.view_as(theta)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (phi,) = ctx.saved_tensors
-        size = phi.abs()
+        size = torch.abs(phi, out=ctx.memory.workspace(phi))
         if ctx.alpha != 2:
             size.pow_(ctx.alpha - 1)
-        result = as_layout(gradient, phi).mul(ctx.alpha)
+        result = torch.mul(gradient, ctx.alpha, out=ctx.memory.gradient(ctx.name, phi)).mul_(size)
         if ctx.kept is not None:
             masked_combine_([result], [result], [], [ctx.kept], live=(1, 0), pruned=(0, 0))
-        return result.mul_(size), None, None, None
+        return result, None, None, None, None, None
 
 
-def power_of(phi: Tensor, theta: Tensor, alpha: float, kept: Tensor | None = None) -> Tensor:
+def power_of(phi: Tensor, theta: Tensor, alpha: float, memory: Memory, name: str, kept: Tensor | None = None) -> Tensor:
     """`theta` as it is, with the gradient of `power(phi, alpha)` where the packed mask `kept` has a bit, else 0."""
-    return _PowerOf.apply(phi, theta, alpha, kept)
+    return _PowerOf.apply(phi, theta, alpha, memory, name, kept)
 
 
 def fill_power(phi: Tensor, alpha: float, out: Tensor) -> None:
@@ -143,7 +145,7 @@ class Powerpropagation(EffectiveSparsifier):
 
     def _connect(self, name: str, weight: Tensor, value: Tensor) -> Tensor:
         kept = self.masks.packed(name) if isinstance(self.phase, Sparse) else None
-        return power_of(weight, value, self.alpha, kept)
+        return power_of(weight, value, self.alpha, self.memory, name, kept)
 
     def _cause(self, name: str) -> Any:
         return super()._cause(name), self.alpha

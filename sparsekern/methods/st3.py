@@ -21,8 +21,9 @@ from sparsekern.methods.effective import (
     straight_through,
     to_device,
 )
+from sparsekern.methods.memory import Memory
 from sparsekern.methods.repeated import Ramped
-from sparsekern.ops import topk_mask, unpack_mask
+from sparsekern.ops import masked_combine_, topk_mask
 from sparsekern.phases import Dense, Phase, Sparse
 from sparsekern.updates import UpdatePlan, UpdateSchedule
 
@@ -48,20 +49,22 @@ def fill_soft_threshold(weight: Tensor, threshold: float, out: Tensor, size: Ten
     out.mul_(1.01 / share.add_(0.01))
 
 
-def quantile(sizes: Sequence[Tensor], ratio: float) -> Tensor:
-    """The `ratio` quantile of all values of `sizes` (at least 0) together, by linear interpolation, in float64.
+def quantile(values: Sequence[Tensor], ratio: float, memory: Memory) -> Tensor:
+    """The `ratio` quantile of the sizes of all `values` together, by linear interpolation, in float64.
 
     As torch.quantile, which is limited to 2^24 values and sorts them. There must be a value.
     """
-    sizes = [s for s in sizes if s.numel()]
-    place = ratio * (sum(s.numel() for s in sizes) - 1)
+    values = [v for v in values if v.numel()]
+    place = ratio * (sum(v.numel() for v in values) - 1)
     below = math.floor(place)
-    packed = topk_mask(sizes, sum(s.numel() for s in sizes) - 1 - below)
+    packed = topk_mask(values, sum(v.numel() for v in values) - 1 - below)
     low, high = [], []
-    for size, bits in zip(sizes, packed, strict=True):
-        upper = unpack_mask(bits, size)
-        low.append(torch.where(upper, 0, size).amax().double())
-        high.append(torch.where(upper, size, float("inf")).amin().double())
+    for value, bits in zip(values, packed, strict=True):
+        part, infinite = memory.workspace(value), memory.workspace(value, 1).fill_(math.inf)
+        masked_combine_([part], [value], [], [bits], live=(0, 0), pruned=(1, 0))
+        low.append(part.abs_().amax().double())
+        masked_combine_([part], [value], [infinite], [bits], live=(1, 0), pruned=(0, 1))
+        high.append(part.abs_().amin().double())
     low, high = torch.stack(low).amax(), torch.stack(high).amin()
     # At ratio 1 nothing lies above.
     return torch.where(high.isfinite(), low + (place - below) * (high - low), low)
@@ -111,8 +114,13 @@ class ST3(Ramped, EffectiveSparsifier):
         ratio = self.ramp(self.position, self.sparsity)
         threshold = None
         if ratio and any(w.numel() for w in weights.values()):
-            sizes = [w.abs().mul_(factors[name]) if self.sigma else w.abs() for name, w in weights.items()]
-            threshold = quantile(sizes, ratio)
+            values = [w.detach() for w in weights.values()]
+            if self.sigma:
+                values = [
+                    torch.mul(w, factors[name], out=self.memory.own(f"{name} ranked", w))
+                    for name, w in zip(weights, values, strict=True)
+                ]
+            threshold = quantile(values, ratio, self.memory)
         for name, w in weights.items():
             value = 0.0 if threshold is None else threshold / factors[name]
             self.thresholds[name] = torch.as_tensor(value, dtype=w.dtype, device=w.device)
@@ -122,7 +130,7 @@ class ST3(Ramped, EffectiveSparsifier):
         return straight_through(weight, soft_threshold(from_store, to_device(self.thresholds[name], weight)))
 
     def _fill(self, name: str, weight: Tensor, out: Tensor) -> None:
-        fill_soft_threshold(weight, float(self.thresholds[name]), out, self._workspace(weight))
+        fill_soft_threshold(weight, float(self.thresholds[name]), out, self.memory.workspace(weight))
 
     def _cause(self, name: str) -> Any:
         return id(self.thresholds[name])

@@ -104,7 +104,7 @@ class STEP(EffectiveSparsifier):
             return True
         if self._watching():
             now = self._variances()
-            self._variance = [self._own(f"second moment {i}", v).copy_(v) for i, v in enumerate(now)]
+            self._variance = [self.memory.own(f"second moment {i}", v).copy_(v) for i, v in enumerate(now)]
         return False
 
     @torch.no_grad()
@@ -172,7 +172,7 @@ class STEP(EffectiveSparsifier):
                 state["step"] += 1
                 state["exp_avg"].lerp_(g, 1 - beta1)
                 second = state["exp_avg_sq"]
-                root = torch.div(second, 1 - beta2 ** at_switch[p], out=self._workspace(second))
+                root = torch.div(second, 1 - beta2 ** at_switch[p], out=self.memory.workspace(second))
                 root.sqrt_().add_(float(group["eps"]))
                 p.addcdiv_(state["exp_avg"], root, value=-lr / (1 - beta1 ** float(state["step"])))
 

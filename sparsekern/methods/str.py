@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from sparsekern.methods.effective import EffectiveSparsifier, fill_shrunk, only_unstructured, to_device
 from sparsekern.methods.held import Constant
 from sparsekern.methods.learnables import Learnables, check_number
+from sparsekern.methods.memory import Memory
 from sparsekern.phases import Dense
 
 
@@ -23,16 +24,18 @@ class _Shrunk(torch.autograd.Function):
     """`value`, which is `weight` with a soft threshold: gradients pass where it cuts nothing off."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, value: Tensor, threshold: float) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, value: Tensor, threshold: float, memory: Memory, name: str) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.threshold = threshold
+        ctx.threshold, ctx.memory, ctx.name = threshold, memory, name
         return value.view_as(value)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         (weight,) = ctx.saved_tensors
-        return torch.ops.aten.softshrink_backward(gradient, weight, ctx.threshold), None, None
+        result = ctx.memory.gradient(ctx.name, weight)
+        torch.ops.aten.softshrink_backward.grad_input(gradient, weight, ctx.threshold, grad_input=result)
+        return result, None, None, None, None
 
 
 class STR(EffectiveSparsifier):
@@ -81,7 +84,7 @@ class STR(EffectiveSparsifier):
         fill_shrunk(weight, float(self.threshold(name, weight)), out)
 
     def _connect(self, name: str, weight: Tensor, value: Tensor) -> Tensor:
-        return _Shrunk.apply(weight, value, float(self.threshold(name, weight)))
+        return _Shrunk.apply(weight, value, float(self.threshold(name, weight)), self.memory, name)
 
     def _cause(self, name: str) -> Any:
         return self.learned.values[name]._version
@@ -97,7 +100,7 @@ class STR(EffectiveSparsifier):
             first = weight if first is None else first
             # The weight's gradient is 0 where the threshold cuts it off, so this sums over the live weights.
             slope = to_device(self.learned.values[name].detach(), weight).sigmoid()
-            total = torch.sign(weight, out=self._workspace(weight)).mul_(gradient).sum(dtype=torch.float32)
+            total = torch.sign(weight, out=self.memory.workspace(weight)).mul_(gradient).sum(dtype=torch.float32)
             gradients[name] = -(slope * (1 - slope) * total).reshape(1)
         if first is not None:
             self.learned.step(self.optimizer, first, gradients)

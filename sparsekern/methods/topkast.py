@@ -98,7 +98,9 @@ class TopKAST(Repeated, EffectiveSparsifier):
         self._fill_masked(name, out, out)
 
     def _connect(self, name: str, weight: Tensor, value: Tensor) -> Tensor:
-        return straight_through(weight, value) if self.alpha == 1 else power_of(weight, value, self.alpha)
+        if self.alpha == 1:
+            return straight_through(weight, value)
+        return power_of(weight, value, self.alpha, self.memory, name)
 
     @torch.no_grad()
     def _before_step(self) -> bool:
@@ -109,7 +111,7 @@ class TopKAST(Repeated, EffectiveSparsifier):
             self._combine(gradients, gradients, weights, self.masks, names, scaled=True, live=live, pruned=pruned)
         self._combine(gradients, gradients, [], self.backward_masks, names, live=(1, 0), pruned=(0, 0))
         self._moving = names, weights
-        self._frozen = [self._own(name, weight).copy_(weight) for name, weight in zip(names, weights, strict=True)]
+        self._frozen = [self.memory.own(f"{n} before", w).copy_(w) for n, w in zip(names, weights, strict=True)]
         return False
 
     @torch.no_grad()
