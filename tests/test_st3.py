@@ -8,7 +8,6 @@ from method_helpers import gradients, setup
 from method_steps import iterate
 
 import sparsekern as sk
-from sparsekern.methods.memory import Memory
 from sparsekern.methods.st3 import quantile, soft_threshold
 from sparsekern.updates import UpdateSchedule
 
@@ -29,7 +28,7 @@ def test_oracle():
 def test_quantile_is_that_of_torch(ratio, dtype):
     values = [torch.rand(n, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (7, 1, 31)]
     want = torch.quantile(torch.cat(values).double(), ratio)
-    torch.testing.assert_close(quantile(values, ratio, Memory()), want, rtol=1e-12, atol=0)
+    torch.testing.assert_close(quantile(values, ratio), want, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("sigma", [False, True])

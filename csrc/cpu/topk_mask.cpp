@@ -1,10 +1,13 @@
-// Host side of topk_mask on CPU: checks, lays out, selects. The contract is sparsekern/ops/topk_mask.py.
+// Host side of topk_mask and topk_bounds on CPU: checks, lays out, selects. The contracts are their files in
+// sparsekern/ops.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
+#include <limits>
 #include <numeric>
 #include <optional>
 #include <string>
@@ -151,7 +154,47 @@ std::tuple<std::vector<Tensor>, Tensor> topk_mask_cpu(std::vector<Tensor> scores
   return {masks, status};
 }
 
+double magnitude_of(uint64_t key, bool wide) {
+  if (!wide) return std::bit_cast<float>(static_cast<uint32_t>(key - 1));
+  return std::bit_cast<double>(key - 1);
+}
+
+Tensor topk_bounds_cpu(std::vector<Tensor> scores, int64_t keep) {
+  Scores all;
+  int64_t total = 0;
+  bool wide = false, nan = false;
+  std::vector<Tensor> masks;
+  STD_TORCH_CHECK(!scores.empty(), "topk_bounds: scores must hold at least one tensor");
+  for (const Tensor& s : scores) {
+    STD_TORCH_CHECK(s.is_cpu(), "topk_bounds: scores must be on the CPU");
+    masks.push_back(torch::stable::new_empty(s, {(static_cast<int64_t>(s.numel()) + 7) / 8}, ScalarType::Byte));
+    add_scores(all, s, masks.back(), std::nullopt, parse_pattern("unstructured"), true);
+    wide = wide || all.tensors.back().dtype == Dtype::kFloat64;
+    total += s.numel();
+  }
+  STD_TORCH_CHECK(0 <= keep && keep <= total, "topk_bounds: keep must be from 0 to the number of scores");
+  for (TopkTensor& t : all.tensors) t.wide = wide;
+  const TopkSpan span(all.tensors.data(), all.groups);
+  double chosen = std::numeric_limits<double>::infinity(), left = -chosen;
+  if (0 < keep && keep < total) {
+    std::optional<TopkBounds> found = topk_sample_bounds(span, keep, total);
+    if (!found) found = topk_bounds(span, keep, nan);
+    chosen = magnitude_of(found->chosen, wide);
+    left = magnitude_of(found->left, wide);
+  } else if (total > 0) {
+    const TopkBounds found = topk_bounds(span, keep ? total : 1, nan);
+    (keep ? chosen : left) = magnitude_of(found.chosen, wide);
+  }
+  Tensor result = torch::stable::new_empty(scores[0], {2}, ScalarType::Double);
+  result.mutable_data_ptr<double>()[0] = nan ? std::numeric_limits<double>::quiet_NaN() : chosen;
+  result.mutable_data_ptr<double>()[1] = nan ? std::numeric_limits<double>::quiet_NaN() : left;
+  return result;
+}
+
 }  // namespace
 }  // namespace sparsekern
 
-STABLE_TORCH_LIBRARY_IMPL(sparsekern, CPU, m) { m.impl("topk_mask", TORCH_BOX(&sparsekern::topk_mask_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(sparsekern, CPU, m) {
+  m.impl("topk_mask", TORCH_BOX(&sparsekern::topk_mask_cpu));
+  m.impl("topk_bounds", TORCH_BOX(&sparsekern::topk_bounds_cpu));
+}

@@ -204,4 +204,19 @@ std::optional<int64_t> topk_sample_select(const TopkSpan& span, const TopkLayout
   return 0;
 }
 
+std::optional<TopkBounds> topk_sample_bounds(const TopkSpan& span, int64_t keep, int64_t total) {
+  if (total < kSampleFrom || span.tensors[0].wide) return std::nullopt;
+  const std::optional<Bracket> bracket = sample_bracket(span, keep, total);
+  if (!bracket) return std::nullopt;
+  Scan found;
+  const int64_t room = total / kCollectedShare;
+  scan(span, *bracket, room, found);
+  const int64_t needed = keep - found.above;
+  if (found.nan || found.collected > room || needed <= 0 || needed >= found.collected) return std::nullopt;
+  std::vector<uint32_t> keys;
+  for (const Piece& piece : found.pieces) keys.insert(keys.end(), piece.keys.begin(), piece.keys.end());
+  std::nth_element(keys.begin(), keys.begin() + needed, keys.end(), std::greater<>());
+  return TopkBounds{*std::min_element(keys.begin(), keys.begin() + needed), keys[needed]};
+}
+
 }  // namespace sparsekern

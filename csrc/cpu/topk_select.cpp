@@ -49,7 +49,8 @@ std::vector<int64_t> histogram(const TopkSpan& span, const TopkLevel& level, boo
 }
 
 // Digit by digit. The first level fits the first-level cache; it holds the sign or nothing, and all of the exponent.
-TopkThreshold radix_threshold(const TopkSpan& span, int64_t keep, bool& nan) {
+// `exact`: the key is that of a group, not one between it and the next lower.
+TopkThreshold radix_threshold(const TopkSpan& span, int64_t keep, bool exact, bool& nan) {
   TopkThreshold found{0, keep, 0};
   for (int left = span.tensors[0].wide ? 64 : 32, bits = 12; left > 0; bits = 10) {
     // 64 = 12 + 12 + 4 * 10 and 32 = 12 + 2 * 10.
@@ -61,7 +62,7 @@ TopkThreshold radix_threshold(const TopkSpan& span, int64_t keep, bool& nan) {
     while (counts[bin] < found.needed) found.needed -= counts[bin--];
     found.key = found.key << bits | static_cast<uint64_t>(bin);
     found.ties = counts[bin];
-    if (found.needed == found.ties && found.key > 0) {
+    if (!exact && found.needed == found.ties && found.key > 0) {
       // The whole bin is chosen, whatever is in it.
       found.key <<= left;
       break;
@@ -72,7 +73,7 @@ TopkThreshold radix_threshold(const TopkSpan& span, int64_t keep, bool& nan) {
 
 int64_t radix_select(const TopkSpan& span, const TopkLayout* layouts, int64_t keep) {
   bool nan = false;
-  const TopkThreshold threshold = radix_threshold(span, keep, nan);
+  const TopkThreshold threshold = radix_threshold(span, keep, false, nan);
   if (nan) {
     write(span, kNoKey, nan);
     return kTopkNan;
@@ -152,6 +153,12 @@ void topk_choose_ties(const TopkSpan& span, const TopkLayout* layouts, const Top
       index[dim] = 0;
     }
   }
+}
+
+TopkBounds topk_bounds(const TopkSpan& span, int64_t keep, bool& nan) {
+  const TopkThreshold last = radix_threshold(span, keep, true, nan);
+  if (nan || last.needed < last.ties) return {last.key, last.key};
+  return {last.key, radix_threshold(span, keep + 1, true, nan).key};
 }
 
 int64_t topk_select(const TopkSpan& span, const TopkLayout* layouts, int64_t keep) {

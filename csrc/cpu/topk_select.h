@@ -48,6 +48,11 @@ struct TopkThreshold {
   int64_t needed, ties;
 };
 
+// The keys on both sides of a choice: the lowest chosen, the highest left.
+struct TopkBounds {
+  uint64_t chosen, left;
+};
+
 // The tensor whose ties are chosen in part, if its logical order is not that of its storage.
 struct TopkSplit {
   size_t tensor;
@@ -66,6 +71,13 @@ std::optional<int64_t> topk_choose_at(const TopkSpan& span, const TopkLayout* la
 
 // topk_select by one pass for 0 < keep < total; none where sampling does not serve.
 std::optional<int64_t> topk_sample_select(const TopkSpan& span, const TopkLayout* layouts, int64_t keep, int64_t total);
+
+// Both bounds of 0 < keep < total in one pass, which writes to `chosen` of the tensors; none where sampling does not
+// serve.
+std::optional<TopkBounds> topk_sample_bounds(const TopkSpan& span, int64_t keep, int64_t total);
+
+// Likewise for any scores; `nan`: there is one, and no bounds.
+TopkBounds topk_bounds(const TopkSpan& span, int64_t keep, bool& nan);
 
 // Writes the group bits of the `keep` best groups of all of `span`; returns the status of the operator.
 int64_t topk_select(const TopkSpan& span, const TopkLayout* layouts, int64_t keep);

@@ -21,9 +21,8 @@ from sparsekern.methods.effective import (
     straight_through,
     to_device,
 )
-from sparsekern.methods.memory import Memory
 from sparsekern.methods.repeated import Ramped
-from sparsekern.ops import masked_combine_, topk_mask
+from sparsekern.ops import topk_bounds
 from sparsekern.phases import Dense, Phase, Sparse
 from sparsekern.updates import UpdatePlan, UpdateSchedule
 
@@ -49,23 +48,17 @@ def fill_soft_threshold(weight: Tensor, threshold: float, out: Tensor, size: Ten
     out.mul_(1.01 / share.add_(0.01))
 
 
-def quantile(values: Sequence[Tensor], ratio: float, memory: Memory) -> Tensor:
-    """The `ratio` quantile of the sizes of all `values` together, by linear interpolation, in float64.
+def quantile(values: Sequence[Tensor], ratio: float) -> Tensor:
+    """The `ratio` quantile of the magnitudes of all `values` together, by linear interpolation, in float64.
 
-    As torch.quantile, which is limited to 2^24 values and sorts them. There must be a value.
+    As torch.quantile, which is limited to 2^24 values and sorts them. There must be a value, and no NaN.
     """
-    values = [v for v in values if v.numel()]
-    place = ratio * (sum(v.numel() for v in values) - 1)
+    total = sum(v.numel() for v in values)
+    place = ratio * (total - 1)
     below = math.floor(place)
-    packed = topk_mask(values, sum(v.numel() for v in values) - 1 - below)
-    low, high = [], []
-    for value, bits in zip(values, packed, strict=True):
-        part, infinite = memory.workspace(value), memory.workspace(value, 1).fill_(math.inf)
-        masked_combine_([part], [value], [], [bits], live=(0, 0), pruned=(1, 0))
-        low.append(part.abs_().amax().double())
-        masked_combine_([part], [value], [infinite], [bits], live=(1, 0), pruned=(0, 1))
-        high.append(part.abs_().amin().double())
-    low, high = torch.stack(low).amax(), torch.stack(high).amin()
+    high, low = topk_bounds(values, total - 1 - below).unbind()
+    if bool(low.isnan()):
+        raise ValueError("weights: NaN among them, so that there is no threshold: expected numbers")
     # At ratio 1 nothing lies above.
     return torch.where(high.isfinite(), low + (place - below) * (high - low), low)
 
@@ -120,7 +113,7 @@ class ST3(Ramped, EffectiveSparsifier):
                     torch.mul(w, factors[name], out=self.memory.own(f"{name} ranked", w))
                     for name, w in zip(weights, values, strict=True)
                 ]
-            threshold = quantile(values, ratio, self.memory)
+            threshold = quantile(values, ratio)
         for name, w in weights.items():
             value = 0.0 if threshold is None else threshold / factors[name]
             self.thresholds[name] = torch.as_tensor(value, dtype=w.dtype, device=w.device)

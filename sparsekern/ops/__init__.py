@@ -8,9 +8,10 @@ from sparsekern.ops.packing import pack_mask, unpack_mask
 from sparsekern.ops.sparse_conv2d import sparse_conv2d
 from sparsekern.ops.sparse_linear import sparse_linear
 from sparsekern.ops.sparse_structure import SparseStructure, sparse_structure
+from sparsekern.ops.topk_bounds import topk_bounds
 from sparsekern.ops.topk_mask import topk_mask
 
 __all__ = [
     "SparseStructure", "masked_adamw_", "masked_combine_", "masked_sgd_", "pack_mask", "sparse_conv2d",
-    "sparse_linear", "sparse_structure", "topk_mask", "unpack_mask",
+    "sparse_linear", "sparse_structure", "topk_bounds", "topk_mask", "unpack_mask",
 ]  # fmt: skip

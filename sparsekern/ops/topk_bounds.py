@@ -1,0 +1,60 @@
+"""topk_bounds: the magnitudes on both sides of a global top-k choice.
+
+A float64 tensor of two numbers on the device of the scores: the lowest |score| among the ``keep`` highest of the whole
+list, and the highest among the others. Exact. Infinity stands for the first if ``keep`` is 0, minus infinity for the
+second if everything is kept, and both are NaN if any score is. Scores are float16, bfloat16, float32 or float64, of any
+strides. Nothing is sorted or copied as a whole on a CPU; on a GPU the reference serves it, which does both. Not
+differentiable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparsekern._library import define
+from sparsekern.ops.topk_mask import DTYPES
+
+
+def reference(scores: Sequence[Tensor], keep: int) -> Tensor:
+    check(scores, keep)
+    sizes = torch.cat([s.abs().double().reshape(-1) for s in scores])
+    left = sizes.numel() - keep
+    inf = sizes.new_full((), float("inf"))
+    kept = sizes.kthvalue(left + 1).values if keep else inf
+    found = torch.stack([kept, sizes.kthvalue(left).values if left else -inf])
+    return torch.where(sizes.isnan().any(), float("nan"), found)
+
+
+def fake(scores: Sequence[Tensor], keep: int) -> Tensor:
+    check(scores, keep)
+    return scores[0].new_empty((2,), dtype=torch.float64)
+
+
+def check(scores: Sequence[Tensor], keep: int) -> None:
+    """Raise ValueError or TypeError, naming the argument at fault."""
+    if not scores:
+        raise ValueError("scores must hold at least one tensor")
+    for i, score in enumerate(scores):
+        if score.dtype not in DTYPES or score.device != scores[0].device:
+            raise TypeError(
+                f"scores[{i}] must be one of {', '.join(map(str, DTYPES))} on {scores[0].device}, "
+                f"got {score.dtype} on {score.device}"
+            )
+    total = sum(score.numel() for score in scores)
+    if not 0 <= keep <= total:
+        raise ValueError(f"keep must be from 0 to {total}, the number of scores, got {keep}")
+
+
+_op = define("topk_bounds(Tensor[] scores, int keep) -> Tensor", reference, fake)
+
+
+def topk_bounds(scores: Sequence[Tensor], keep: int) -> Tensor:
+    """(lowest |score| kept, highest left out); the module docstring is the contract."""
+    check(scores, keep)
+    return _op([score.detach() for score in scores], keep)
+
+
+topk_bounds.reference = reference  # type: ignore[attr-defined]
