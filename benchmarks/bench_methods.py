@@ -9,7 +9,8 @@ A method's own work does not depend on the images. So it is timed on the 54 laye
 pixel, forward, backward and step, against the same with the same optimizer and held masks of the same sparsity, step
 by step in turn. That is done in a short run, which holds all of the method's updates close together; the steps that
 changed masks are told apart, and their extra cost is divided by the interval that the method has in a run of 90 epochs
-of ImageNet; so is that of steps that collect gradients for an update. A row is the training step plus that overhead,
+of ImageNet; so is that of steps that collect gradients for an update. STEP counts as if it watched Adam's variance from its lower
+bound to its upper one and learned masks in the other half of the run. A row is the training step plus that overhead,
 its baseline the training step, its range that of the overhead. The line above it says what the overhead is made of.
 
 What is measured must be right: at the end of the short run as many weights live as the method promises, but for one per
@@ -73,8 +74,12 @@ class Trained:
         self.sparsifier.attach(self.model, self.optimizer, steps, verbose=False)
 
     def step(self) -> tuple[float, str]:
-        """Milliseconds of one step, and its kind: "update" of masks, "gather" gradients for one, or "plain"."""
+        """Milliseconds of one step, and its kind.
+
+        "update" of masks, "gather" gradients for one, "watch" statistics to find the next phase, or "plain".
+        """
         before = self._versions()
+        watches = isinstance(self.sparsifier, sk.STEP) and self.sparsifier.watching()
         gathers = gathered(self.sparsifier) and self.sparsifier.needs_dense_gradient()
         start = time.perf_counter()
         self.optimizer.zero_grad()
@@ -82,7 +87,9 @@ class Trained:
         self.optimizer.step()
         self.sparsifier.step()
         taken = (time.perf_counter() - start) * 1e3
-        return taken, "update" if self._versions() != before else "gather" if gathers else "plain"
+        if self._versions() != before:
+            return taken, "update"
+        return taken, "watch" if watches else "gather" if gathers else "plain"
 
     def _versions(self) -> list[int]:
         masks = self.sparsifier.masks
@@ -126,9 +133,19 @@ def interval(name: str) -> tuple[float, int]:
     phases = getattr(sparsifier.schedule, "phases", ())
     every = getattr(sparsifier, "every", None) or getattr(sparsifier.schedule, "every", None)
     sparsifier.finalize()
+    if isinstance(sparsifier, sk.STEP):
+        # Masks change in every step from the switch on, which is at the latest here.
+        every = sparsifier.total_steps / (sparsifier.total_steps - sparsifier.latest)
     if every is None:
         every = EPOCHS * STEPS_PER_EPOCH / (len(phases) - 1) if len(phases) > 1 else float("inf")
     return every, gathered(sparsifier)
+
+
+def watched(sparsifier: Sparsifier) -> float:
+    """The share of steps in which STEP watches the variance, if it switches at the latest."""
+    if not isinstance(sparsifier, sk.STEP):
+        return 0.0
+    return (sparsifier.latest - sparsifier.earliest) / sparsifier.total_steps
 
 
 @dataclass(frozen=True)
@@ -152,7 +169,7 @@ def overhead(name: str, steps: int, convs: list[Conv]) -> Overhead:
     """What a step costs beyond one with held masks; WrongResult if the masks end up wrong."""
     adam = sk.METHODS[name].optimizer == "adam"
     tried, held = Trained(name, steps, convs, adam), Trained("one-shot", steps, convs, adam)
-    extra: dict[str, list[float]] = {"plain": [], "gather": [], "update": []}
+    extra: dict[str, list[float]] = {"plain": [], "gather": [], "update": [], "watch": []}
     for _ in range(steps):
         base, _ = held.step()
         own, kind = tried.step()
@@ -160,7 +177,7 @@ def overhead(name: str, steps: int, convs: list[Conv]) -> Overhead:
     check(name, tried.sparsifier)
     every, gathers = interval(name)
     plain = statistics.median(extra["plain"]) if extra["plain"] else 0.0
-    shares = {"gather": min(1.0, gathers / every), "update": 1 / every}
+    shares = {"gather": min(1.0, gathers / every), "update": 1 / every, "watch": watched(tried.sparsifier)}
     more = {kind: (statistics.median(extra[kind]) - plain, share) for kind, share in shares.items() if extra[kind]}
     # A method that changes its masks in every step has nothing to amortise.
     values = extra["plain"] or extra["update"]

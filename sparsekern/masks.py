@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.ops import pack_mask, unpack_mask
+from sparsekern.ops.packing import count_live
 
 _WRAPPER = re.compile(r"(^|\.)(module|_orig_mod)(?=\.)")
 
@@ -144,7 +145,7 @@ class MaskSet:
         """Share of live weights of one parameter or of all; 1.0 of nothing."""
         names = self._parameters if name is None else [name]
         total = sum(self.parameter(n).numel() for n in names)
-        return sum(int(self.bool(n).sum()) for n in names) / total if total else 1.0
+        return sum(int(count_live(self.packed(n))) for n in names) / total if total else 1.0
 
     def overlap(self, other: MaskSet) -> float:
         """Intersection over union of the live weights of two sets over the same parameters; 1.0 if both are empty."""

@@ -14,6 +14,7 @@ from sparsekern.masks import MaskSet
 from sparsekern.methods.n_of_m import check_n_of_m, is_n_of_m
 from sparsekern.methods.selection import check_patterns, layer_weights, prunable_weights
 from sparsekern.ops import topk_mask
+from sparsekern.ops.packing import count_live
 from sparsekern.ops.topk_mask import group_count
 
 PATTERNS = ("unstructured", "4x1", "1x4", "block4")
@@ -139,11 +140,7 @@ class Allocation:
     def live(self, masks: MaskSet, name: str) -> int:
         """How many groups of that weight are live; its blocks are live as a whole."""
         if self.pattern == "unstructured":
-            # Bits of each byte, summed in pairs, fours and eights: a dense mask would be eight times as much memory.
-            x = masks.packed(name)
-            x = x - ((x >> 1) & 0x55)
-            x = (x & 0x33) + ((x >> 2) & 0x33)
-            return int(((x + (x >> 4)) & 0x0F).sum())
+            return int(count_live(masks.packed(name)))
         mask = masks.bool(name)
         return int((mask[::4] if self.pattern == "4x1" else mask[:, ::4]).sum())
 

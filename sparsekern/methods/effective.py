@@ -104,7 +104,7 @@ class EffectiveSparsifier(Sparsifier):
 
     def _cause(self, name: str) -> Any:
         """What the effective weight follows from beside the weight."""
-        return self.masks.version(name)
+        return self.masks.generation
 
     def shadow(self, name: str, weight: Tensor) -> Tensor:
         """As `effective`, in memory that is used again in the next forward pass."""

@@ -49,17 +49,18 @@ class Memory:
             found = self._own[name] = _new(like, dtype)
         return found
 
-    def workspace(self, like: Tensor, number: int = 0) -> Tensor:
+    def workspace(self, like: Tensor, number: int = 0, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor whose memory all weights share, so that much of it stays in the caches; for one formula only.
 
         Those of another `number` lie elsewhere.
         """
+        dtype = dtype or like.dtype
         if not is_dense(like):
-            return torch.empty_like(like)
-        key = like.device, like.dtype, number
+            return torch.empty_like(like, dtype=dtype)
+        key = like.device, dtype, number
         found = self._shared.get(key)
         if found is None or found.numel() < like.numel():
-            found = self._shared[key] = _new(like.new_empty(like.numel()))
+            found = self._shared[key] = _new(like.new_empty(like.numel()), dtype)
         return found.as_strided(like.shape, like.stride())
 
     def gradient(self, name: str, like: Tensor) -> Tensor:

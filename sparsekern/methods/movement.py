@@ -6,6 +6,7 @@ the mask. S therefore sums up -g * w. The hard form keeps the best scores, the s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,12 +19,14 @@ from sparsekern.methods.effective import EffectiveSparsifier, only_unstructured
 from sparsekern.methods.learnables import Learnables, check_number
 from sparsekern.methods.repeated import Ramped
 from sparsekern.ops import pack_mask, topk_mask
+from sparsekern.ops.packing import count_live
 from sparsekern.ops.operands import same_layout
 from sparsekern.ops.topk_mask import group_count
 from sparsekern.phases import Dense, Phase, Sparse
 from sparsekern.updates import UpdatePlan, UpdateSchedule
 
 _PUBLISHED_RATIO = 1e-2 / 3e-5
+_ONE = torch.ones(())
 
 
 class _Movement(Ramped, EffectiveSparsifier):
@@ -168,21 +171,25 @@ class SoftMovement(_Movement):
         return Dense() if self.masks.density() == 1 else Sparse(1 - self.masks.density())
 
     def _score_penalty(self, name: str) -> Tensor:
-        gate = self.learned.values[name].detach().sigmoid()
-        gate = gate.to(self.masks.parameter(name).device)
-        return gate * (1 - gate) * (self.ramp(self.position, self.penalty) / gate.numel() / len(self.masks))
+        score = self._scores(name)
+        gate = torch.sigmoid(score, out=self.memory.workspace(score))
+        rest = torch.sub(_ONE.to(score.device), gate, out=self.memory.workspace(score, 1))
+        return rest.mul_(gate).mul_(self.ramp(self.position, self.penalty) / gate.numel() / len(self.masks))
 
     @torch.no_grad()
     def _update(self) -> None:
         threshold = self.ramp(self.position, self.final_threshold)
+        # Comparing scores is much cheaper than taking the sigmoid of each.
+        least_score = math.log(threshold / (1 - threshold)) if 0 < threshold < 1 else (threshold - 0.5) * math.inf
         scores = {name: self._scores(name) for name in self.masks}
-        kept = {name: score.sigmoid() > threshold for name, score in scores.items()}
-        sums = [mask.sum() for mask in kept.values()]
+        kept = {
+            name: pack_mask(torch.gt(score, least_score, out=self.memory.workspace(score, dtype=torch.bool)))
+            for name, score in scores.items()
+        }
+        sums = [count_live(packed) for packed in kept.values()]
         counts = torch.stack([s.to(sums[0].device) for s in sums]).tolist()  # the device is waited for once
-        for (name, mask), count in zip(kept.items(), counts, strict=True):
-            least = keep_count(mask.numel(), 1 - self.floor)
+        for (name, packed), count in zip(kept.items(), counts, strict=True):
+            least = keep_count(scores[name].numel(), 1 - self.floor)
             few = count < least
-            self.masks.set_packed(
-                name, topk_mask([scores[name]], least, magnitude=False)[0] if few else pack_mask(mask)
-            )
+            self.masks.set_packed(name, topk_mask([scores[name]], least, magnitude=False)[0] if few else packed)
         self._refresh_kept()

@@ -102,25 +102,25 @@ class STEP(EffectiveSparsifier):
             if not self._overflowed():
                 self._preconditioned_step()
             return True
-        if self._watching():
+        if self.watching():
             now = self._variances()
             self._variance = [self.memory.own(f"second moment {i}", v).copy_(v) for i, v in enumerate(now)]
         return False
 
     @torch.no_grad()
     def _after_step(self) -> None:
-        if not self._watching():
+        if not self.watching():
             return
         now = self._variances()
         if len(now) == len(self._variance) and now:
             pairs = zip(now, self._variance, strict=True)
-            moved = sum(torch.sub(a, b, out=b).abs_().sum(dtype=torch.float64) for a, b in pairs)
+            moved = sum(torch.sub(a, b, out=b).abs_().sum().double() for a, b in pairs)
             if not self._overflowed():
                 self.changes[self.seen % self.window] = float(moved) / sum(v.numel() for v in now)
                 self.seen += 1
         self._variance = []
 
-    def _watching(self) -> bool:
+    def watching(self) -> bool:
         """Whether this step is in the first window that may decide about the switch, or after it."""
         return isinstance(self.phase, Dense) and self.switch is None and self.position >= self.earliest - self.window
 

@@ -100,7 +100,8 @@ class STR(EffectiveSparsifier):
             first = weight if first is None else first
             # The weight's gradient is 0 where the threshold cuts it off, so this sums over the live weights.
             slope = to_device(self.learned.values[name].detach(), weight).sigmoid()
-            total = torch.sign(weight, out=self.memory.workspace(weight)).mul_(gradient).sum(dtype=torch.float32)
+            signed = torch.sign(weight, out=self.memory.workspace(weight)).mul_(gradient)
+            total = signed.sum(dtype=torch.float32)
             gradients[name] = -(slope * (1 - slope) * total).reshape(1)
         if first is not None:
             self.learned.step(self.optimizer, first, gradients)

@@ -54,3 +54,11 @@ def unpack_mask(packed: Tensor, like: Tensor) -> Tensor:
     mask = storage_order(like)
     _flat(mask).copy_(table.index_select(0, packed.int()).view(torch.bool)[: like.numel()])
     return mask
+
+
+def count_live(packed: Tensor) -> Tensor:
+    """How many bits of a packed mask are set, an int64 scalar."""
+    # Summed in pairs, fours and eights of each byte: a bool mask would be eight times as much memory.
+    x = packed - ((packed >> 1) & 0x55)
+    x = (x & 0x33) + ((x >> 2) & 0x33)
+    return ((x + (x >> 4)) & 0x0F).sum()
