@@ -9,9 +9,10 @@ A method's own work does not depend on the images. So it is timed on the 54 laye
 pixel, forward, backward and step, against the same with the same optimizer and held masks of the same sparsity, step
 by step in turn. That is done in a short run, which holds all of the method's updates close together; the steps that
 changed masks are told apart, and their extra cost is divided by the interval that the method has in a run of 90 epochs
-of ImageNet; so is that of steps that collect gradients for an update. STEP counts as if it watched Adam's variance from its lower
-bound to its upper one and learned masks in the other half of the run. A row is the training step plus that overhead,
-its baseline the training step, its range that of the overhead. The line above it says what the overhead is made of.
+of ImageNet; so is that of steps that collect gradients for an update. STEP counts as if it watched Adam's variance from
+its lower bound to its upper one and learned masks in the other half of the run. A row is the training step plus that
+overhead, its baseline the training step, its range that of the overhead. The line above it says what the overhead is
+made of.
 
 What is measured must be right: at the end of the short run as many weights live as the method promises, but for one per
 layer, which rounding may move, and all others are zero in the forward pass. str and soft-movement promise no number.

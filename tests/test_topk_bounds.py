@@ -55,8 +55,10 @@ def test_opcheck():
 
 def test_bad_input_is_named():
     for scores, keep, error, words in [
-        ([], 0, ValueError, "scores must hold at least one"), ([torch.ones(3)], 4, ValueError, "keep must be from 0 to 3"),
-        ([torch.ones(3)], -1, ValueError, "keep must be"), ([torch.ones(3).long()], 1, TypeError, r"scores\[0\] must be"),
-    ]:  # fmt: skip
+        ([], 0, ValueError, "scores must hold at least one"),
+        ([torch.ones(3)], 4, ValueError, "keep must be from 0 to 3"),
+        ([torch.ones(3)], -1, ValueError, "keep must be from 0 to 3"),
+        ([torch.ones(3).long()], 1, TypeError, r"scores\[0\] must be"),
+    ]:
         with pytest.raises(error, match=words):
             sk.ops.topk_bounds(scores, keep)

@@ -30,7 +30,7 @@ from sparsekern.ops.operands import as_layout, is_dense
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, value: Tensor) -> Tensor:
-        return value.view_as(value)
+        return value.detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

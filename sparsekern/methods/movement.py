@@ -19,8 +19,8 @@ from sparsekern.methods.effective import EffectiveSparsifier, only_unstructured
 from sparsekern.methods.learnables import Learnables, check_number
 from sparsekern.methods.repeated import Ramped
 from sparsekern.ops import pack_mask, topk_mask
-from sparsekern.ops.packing import count_live
 from sparsekern.ops.operands import same_layout
+from sparsekern.ops.packing import count_live
 from sparsekern.ops.topk_mask import group_count
 from sparsekern.phases import Dense, Phase, Sparse
 from sparsekern.updates import UpdatePlan, UpdateSchedule

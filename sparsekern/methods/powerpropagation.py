@@ -46,7 +46,7 @@ class _PowerOf(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(phi)
         ctx.alpha, ctx.memory, ctx.name, ctx.kept = alpha, memory, name, kept
-        return theta.view_as(theta)
+        return theta.detach()
 
     @staticmethod
     @once_differentiable

@@ -27,7 +27,7 @@ class _Shrunk(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, value: Tensor, threshold: float, memory: Memory, name: str) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.threshold, ctx.memory, ctx.name = threshold, memory, name
-        return value.view_as(value)
+        return value.detach()
 
     @staticmethod
     @once_differentiable
