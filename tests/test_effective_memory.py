@@ -115,6 +115,7 @@ def test_weights_changed_behind_the_back_of_autograd_are_seen(method):
         lambda: model.load_state_dict(other),
         lambda: model.load_state_dict({n: v.clone() for n, v in other.items()}, assign=False),
     ):
+        check_seen(model, sparsifier, inputs(0))
         change()
         check_seen(model, sparsifier, inputs(0))
     model.double()

@@ -94,8 +94,8 @@ inline bool n_of_m(const TopkTensor& t, const TopkRatio& ratio, int64_t begin, i
     const int64_t slice = outer * t.axis * t.inner;
     for (int64_t channel = 0; channel < t.axis;) {
       const int64_t left = t.axis - channel, rows = left < ratio.m ? left : ratio.m, at = slice + channel * t.inner;
-      const int64_t fit = kKeyBuffer / (rows * t.inner) < kTile / t.inner ? kKeyBuffer / (rows * t.inner)
-                                                                          : kTile / t.inner;
+      const int64_t fit =
+          kKeyBuffer / (rows * t.inner) < kTile / t.inner ? kKeyBuffer / (rows * t.inner) : kTile / t.inner;
       // One alone would leave most columns of a tile empty.
       const int64_t count = left / rows < fit ? left / rows : fit;
       if (fit > 1) {
@@ -113,7 +113,8 @@ inline bool n_of_m(const TopkTensor& t, const TopkRatio& ratio, int64_t begin, i
   return nan;
 }
 
-// Sets the chosen bits of outer slices [begin, end) in a zeroed mask. `tile` has room for 64 * min(m, axis) + kTopkSlack keys.
+// Sets the chosen bits of outer slices [begin, end) in a zeroed mask. `tile` has room for kTopkSlack keys more than
+// 64 * min(m, axis).
 void topk_n_of_m(const TopkTensor& t, const TopkRatio& ratio, int64_t begin, int64_t end, void* tile, bool* nan) {
   *nan |= t.wide ? n_of_m(t, ratio, begin, end, static_cast<uint64_t*>(tile))
                  : n_of_m(t, ratio, begin, end, static_cast<uint32_t*>(tile));
