@@ -83,9 +83,9 @@ inline float weight_value(float x) {
   return kMagnitude ? __builtin_fabsf(x) : x;
 }
 
-// Scores of `run` blocks of `count` <= 4 weights each, neighbours in memory; weights of a block lie `step` apart.
+// Sums over the `count` <= 4 weights of `run` blocks, neighbours in memory; weights of a block lie `step` apart.
 template <bool kMagnitude, class S>
-inline void block_row(const S* x, int64_t step, int64_t count, int64_t run, float* out) {
+inline void block_sums(const S* x, int64_t step, int64_t count, int64_t run, float* out) {
   float buffer[kKeyBuffer];
   const float* row = widened(x, run, buffer);
   for (int64_t i = 0; i < run; ++i) out[i] = weight_value<kMagnitude>(row[i]);
@@ -93,6 +93,23 @@ inline void block_row(const S* x, int64_t step, int64_t count, int64_t run, floa
     row = widened(x + j * step, run, buffer);
     for (int64_t i = 0; i < run; ++i) out[i] = out[i] + weight_value<kMagnitude>(row[i]);
   }
+}
+// All rows in one pass: rows of 3x3 kernels are too short for several.
+template <bool kMagnitude>
+inline void block_sums(const float* x, int64_t step, int64_t count, int64_t run, float* out) {
+  using Wide = typename WideOf<float>::type;
+  const auto value = [](Wide v) { return kMagnitude ? larger(v, v.negate()) : v; };
+  for (int64_t i = 0; i < run; i += Wide::kLanes) {
+    const int64_t n = run - i < Wide::kLanes ? run - i : Wide::kLanes;
+    Wide sum = value(Wide::load(x + i, n));
+    for (int64_t j = 1; j < count; ++j) sum = sum + value(Wide::load(x + j * step + i, n));
+    sum.store(out + i, n);
+  }
+}
+
+template <bool kMagnitude, class S>
+inline void block_row(const S* x, int64_t step, int64_t count, int64_t run, float* out) {
+  block_sums<kMagnitude>(x, step, count, run, out);
   if (count == 4) return;
   // Through double, which cannot change the result: 4s/3 is never half-way between two float32 values.
   for (int64_t i = 0; i < run; ++i) {
