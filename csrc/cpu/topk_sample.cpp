@@ -214,7 +214,7 @@ std::optional<TopkBounds> topk_sample_bounds(const TopkSpan& span, int64_t keep,
   const int64_t needed = keep - found.above;
   if (found.nan || found.collected > room || needed <= 0 || needed >= found.collected) return std::nullopt;
   std::vector<uint32_t> keys;
-  for (const Piece& piece : found.pieces) keys.insert(keys.end(), piece.keys.begin(), piece.keys.end());
+  for (const Piece& piece : found.pieces) keys.insert(keys.end(), &piece.keys[0], &piece.keys[piece.count]);
   std::nth_element(keys.begin(), keys.begin() + needed, keys.end(), std::greater<>());
   return TopkBounds{*std::min_element(keys.begin(), keys.begin() + needed), keys[needed]};
 }
