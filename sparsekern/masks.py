@@ -66,10 +66,14 @@ class MaskSet:
 
     def parameter(self, name: str) -> Tensor:
         """The parameter of that name; KeyError lists the known names."""
-        short = normalise(name)
+        short = self._short(name)
         if short not in self._parameters:
             raise KeyError(f"name: no parameter {name!r}; known are {sorted(self._parameters)}")
         return self._parameters[short]
+
+    def _short(self, name: str) -> str:
+        # Asked for many times in a step, nearly always by the short name.
+        return name if name in self._parameters else normalise(name)
 
     def set(self, name: str, mask: Tensor) -> None:
         """Replace one mask by a bool tensor of the parameter's shape; True keeps the weight."""
@@ -100,16 +104,16 @@ class MaskSet:
         self._count(name)
 
     def _count(self, name: str) -> None:
-        self._versions[normalise(name)] += 1
+        self._versions[self._short(name)] += 1
         self.generation += 1
 
     def _store(self, name: str, packed: Tensor) -> None:
-        self._packed[normalise(name)] = (self.parameter(name).stride(), packed)
+        self._packed[self._short(name)] = (self.parameter(name).stride(), packed)
 
     def version(self, name: str) -> int:
         """A number that grows whenever that mask is replaced, and stays when it is only repacked."""
         self.parameter(name)  # the error for an unknown name
-        return self._versions[normalise(name)]
+        return self._versions[self._short(name)]
 
     def name_of(self, parameter: Tensor) -> str | None:
         """The name of a parameter, found by identity; None for one outside the set."""
@@ -117,7 +121,7 @@ class MaskSet:
 
     def packed(self, name: str) -> Tensor:
         """Bits in the present storage order of the parameter, on its device."""
-        short = normalise(name)
+        short = self._short(name)
         parameter = self.parameter(short)
         strides, bits = self._packed[short]
         if strides != parameter.stride() or bits.device != parameter.device:

@@ -59,6 +59,36 @@ def test_masked_adamw(call, changes, message):
     assert all(t.eq(1).all() for t in TWO)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"first": [ONE]}, "first"),
+        ({"second": [ONE]}, "second"),
+        ({"second": [], "pruned": [0.0, 1.0]}, "second"),
+        ({"masks": [None]}, "masks"),
+        ({"live": [1.0]}, "live"),
+    ],
+)
+def test_masked_combine(call, changes, message):
+    operands = {
+        "outputs": TWO,
+        "first": TWO,
+        "second": TWO,
+        "masks": NO_MASKS,
+        "live": [2.0, 0.0],
+        "pruned": [2.0, 0.0],
+    }
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        call("masked_combine_", **{**operands, **changes})
+    assert all(t.eq(1).all() for t in TWO)
+
+
+@pytest.mark.parametrize(("scores", "keep", "message"), [([], 0, "scores"), (TWO, 9, "keep"), (TWO, -1, "keep")])
+def test_topk_bounds(call, scores, keep, message):
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        call("topk_bounds", scores, keep)
+
+
 @pytest.mark.skipif(bool(sk.degradation), reason="the reference takes any strides")
 @pytest.mark.parametrize("view", [lambda t: t[::2], lambda t: t[:1].expand(4), lambda t: t.view(2, 4)[:, :2]])
 def test_masked_steps_write_nothing_outside_a_parameter(view):
