@@ -82,10 +82,19 @@ class TopKAST(Repeated, EffectiveSparsifier):
 
     @torch.no_grad()
     def _update(self) -> None:
-        scores = {name: power(self.masks.parameter(name).detach(), self.alpha) for name in self.masks}
+        scores = {name: self._theta(name) for name in self.masks}
         for masks, sparsity in ((self.masks, self.sparsity), (self.backward_masks, self.backward_sparsity)):
             self.allocation.select(masks, self.allocation.budget(sparsity), scores)
         self._refresh_kept()
+
+    def _theta(self, name: str) -> Tensor:
+        """What weights are ranked by; good until the next step of the optimizer, which needs the memory."""
+        weight = self.masks.parameter(name).detach()
+        if self.alpha == 1:
+            return weight
+        theta = self.memory.own(f"{name} before", weight)
+        fill_power(weight, self.alpha, theta)
+        return theta
 
     def effective(self, name: str, weight: Tensor) -> Tensor:
         theta = power(weight, self.alpha)
