@@ -1,6 +1,7 @@
 """The operators. Each module is the specification of one; each function carries its `.reference`."""
 
 from sparsekern.ops import sparse_cuda as _sparse_cuda  # noqa: F401, serves operators on CUDA
+from sparsekern.ops.batch_norm import batch_norm
 from sparsekern.ops.masked_adamw import masked_adamw_
 from sparsekern.ops.masked_sgd import masked_sgd_
 from sparsekern.ops.packing import pack_mask, unpack_mask
@@ -10,6 +11,6 @@ from sparsekern.ops.sparse_structure import SparseStructure, sparse_structure
 from sparsekern.ops.topk_mask import topk_mask
 
 __all__ = [
-    "SparseStructure", "masked_adamw_", "masked_sgd_", "pack_mask", "sparse_conv2d", "sparse_linear",
+    "SparseStructure", "batch_norm", "masked_adamw_", "masked_sgd_", "pack_mask", "sparse_conv2d", "sparse_linear",
     "sparse_structure", "topk_mask", "unpack_mask",
 ]  # fmt: skip

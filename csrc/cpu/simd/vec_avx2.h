@@ -40,6 +40,10 @@ struct F32x8 {
     const __m256i on = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane), lane);
     return {_mm256_and_ps(v, _mm256_castsi256_ps(on))};
   }
+  // Lanes where `other` is above 0 or NaN; the rest become +0.
+  F32x8 unless_at_most_zero(F32x8 other) const {
+    return {_mm256_and_ps(v, _mm256_cmp_ps(other.v, _mm256_setzero_ps(), _CMP_NLE_UQ))};
+  }
   F32x8 root() const { return {_mm256_sqrt_ps(v)}; }
   F32x8 negate() const { return {_mm256_xor_ps(v, _mm256_set1_ps(-0.0f))}; }
   static F32x8 splat(float x) { return {_mm256_set1_ps(x)}; }

@@ -93,6 +93,8 @@ struct Lane {
   static void fence() {}
   // Lanes whose bit is 0 become +0; `bits` holds one bit per lane from bit 0 on.
   Lane keep(uint32_t bits) const { return {bits & 1u ? value : T(0)}; }
+  // Lanes where `other` is above 0 or NaN; the rest become +0.
+  Lane unless_at_most_zero(Lane other) const { return {other.value <= T(0) ? T(0) : value}; }
   Lane root() const { return {square_root(value)}; }
   Lane negate() const { return {-value}; }
   static Lane splat(T x) { return {x}; }
