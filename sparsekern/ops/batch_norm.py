@@ -5,8 +5,9 @@ This file is the specification of ``torch.ops.sparsekern.batch_norm`` and of its
 
     output = activation(weight * (input - mean) / sqrt(variance + eps) + bias + residual)
 
-- ``input``: (N, C, ...), any strides. ``mean`` and ``variance`` (C,) are those of each channel of this input, the latter
-  without Bessel's correction (arXiv 1502.03167). Nothing is changed in place: running statistics are the caller's.
+- ``input``: (N, C, ...), any strides. ``mean`` and ``variance`` (C,) are those of each channel of this input, the
+  latter without Bessel's correction (arXiv 1502.03167). Nothing is changed in place: running statistics are the
+  caller's.
 - ``weight`` and ``bias``: (C,) or None, which is 1 and 0. ``residual``: of input's shape, or None. ``activation``:
   None or "relu". A skip connection and a ReLU follow a batch-norm in each block of ResNet (arXiv 1512.03385).
 - float32, float64, bfloat16 or float16, one dtype for all operands; weight and bias of 16-bit inputs may be float32.
@@ -16,9 +17,9 @@ This file is the specification of ``torch.ops.sparsekern.batch_norm`` and of its
 - NaN or Inf in a channel makes all of its outputs NaN and touches no other. NaN passes ReLU, and its gradient passes
   where output is NaN, as in torch.
 - Gradients: of input, weight, bias and residual; mean and variance have none. Second derivatives are refused.
-- The result and the gradients of input and residual are channels_last if input is channels_last and not contiguous, else
-  contiguous. The kernel takes contiguous float32 with more than one number per channel and image, the reference all
-  else.
+- The result and the gradients of input and residual are channels_last if input is channels_last and not contiguous,
+  else contiguous. The kernel takes contiguous float32 with more than one number per channel and image, on CPU; the
+  reference takes the rest.
 - An empty input has NaN for statistics.
 """
 
@@ -57,10 +58,11 @@ def reference(
     """Plain PyTorch."""
     results = fake(input, weight, bias, residual, relu, eps)
     x = input.to(_compute(input))
-    # torch warns of an empty input.
     dims = [i for i in range(x.dim()) if i != 1]
-    variance, mean = torch.var_mean(x, dims, correction=0) if x.numel() else (r.fill_(torch.nan) for r in results[:0:-1])
-    y = (x - _per_channel(mean, x)) * _per_channel((variance + eps).rsqrt(), x)
+    mean = x.mean(dims)
+    distance = x - _per_channel(mean, x)
+    variance = distance.square().mean(dims)
+    y = distance * _per_channel((variance + eps).rsqrt(), x)
     if weight is not None:
         y = y * _per_channel(weight, x)
     if bias is not None:
@@ -231,7 +233,7 @@ def batch_norm(
     if not input.dtype.is_floating_point:
         raise TypeError(f"input has dtype {input.dtype}: expected a floating-point type")
     _check_shapes(input, {"weight": weight, "bias": bias}, {"residual": residual})
-    if input.numel() == input.shape[1]:
+    if input.numel() == input.shape[1] != 0:
         raise ValueError(f"expected more than 1 value per channel, got input of shape {tuple(input.shape)}")
     return _op(input, weight, bias, residual, activation is not None, eps)
 
