@@ -180,10 +180,12 @@ def test_gradients_in_float64():
     given = [t.requires_grad_() for t in given]
     for after in (None, "relu"):
         assert torch.autograd.gradcheck(lambda *t, a=after: public(*t, activation=a)[0], given)
-    y = public(*given)[0]
-    (g,) = torch.autograd.grad(y.square().sum(), given[0], create_graph=True)
-    with pytest.raises(NotImplementedError, match="no second derivative"):
-        g.sum().backward()
+        assert torch.autograd.gradgradcheck(lambda *t, a=after: public(*t, activation=a)[0], given)
+    x, _, b, r = given
+    assert torch.autograd.gradgradcheck(lambda x, b: public(x, None, b, r.detach())[0], (x, b))
+    y, mean, variance = public(*given)
+    with pytest.raises(NotImplementedError, match="differentiate batch_norm twice"):
+        BACKWARD(y, x, None, None, mean, variance, 1e-5, [True] * 4)[0].sum().backward()
 
 
 @pytest.mark.parametrize("needs", [c for c in itertools.product([False, True], repeat=4) if any(c)], ids=str)

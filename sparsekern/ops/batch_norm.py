@@ -16,7 +16,8 @@ This file is the specification of ``torch.ops.sparsekern.batch_norm`` and of its
   digits, numbers above 1e18 may overflow.
 - NaN or Inf in a channel makes all of its outputs NaN and touches no other. NaN passes ReLU, and its gradient passes
   where output is NaN, as in torch.
-- Gradients: of input, weight, bias and residual; mean and variance have none. Second derivatives are refused.
+- Gradients: of input, weight, bias and residual; mean and variance have none. Second derivatives are those of torch's
+  operators, which compute the first ones too where a graph of them is asked for.
 - The result and the gradients of input and residual are channels_last if input is channels_last and not contiguous,
   else contiguous. The kernel takes contiguous float32 with more than one number per channel and image, on CPU; the
   reference takes the rest.
@@ -192,14 +193,26 @@ def _gradients(ctx, grad, *_):
     input, weight, output, mean, variance = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:4])
     # Without a ReLU the gradient of the sum is that of the residual too.
+    if torch.is_grad_enabled():
+        return *_differentiable(grad, input, weight, output, ctx.eps, needs), None, None
     wanted = [*needs[:3], needs[3] and output is not None]
     found = _backward_op(grad, input, weight, output, mean, variance, ctx.eps, wanted)
     of_residual = found[3] if wanted[3] else grad if needs[3] else None
     return *(t if need else None for t, need in zip(found[:3], wanted, strict=False)), of_residual, None, None
 
 
+def _differentiable(grad, input, weight, output, eps, needs) -> tuple[Tensor | None, ...]:
+    """The gradients as torch's operators compute them, so that they have gradients themselves."""
+    g = grad if output is None else torch.where(output <= 0, 0, grad)
+    asked = [t for t, need in zip((input, weight), needs, strict=False) if need]
+    y = torch.nn.functional.batch_norm(input, None, None, weight, None, True, eps=eps)
+    found = iter(torch.autograd.grad(y, asked, g, create_graph=True) if asked else ())
+    of_bias = g.sum([i for i in range(g.dim()) if i != 1]) if needs[2] else None
+    return *(next(found) if need else None for need in needs[:2]), of_bias, g if needs[3] else None
+
+
 def _refuse(ctx, *grads):
-    raise NotImplementedError("batch_norm has no second derivative")
+    raise NotImplementedError("batch_norm_backward has no derivative: differentiate batch_norm twice")
 
 
 _lib = _library._definitions
