@@ -1,0 +1,161 @@
+"""Batch-norms of an accelerated model on `sparsekern.ops.batch_norm`, with the residual and the ReLU that follow them.
+
+What follows is known in a Sequential and in torchvision's ResNets, whose `forward` these classes repeat.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from sparsekern.nn.swapping import STATE, Swapped, swap
+from sparsekern.ops.batch_norm import batch_norm, fits
+
+
+@dataclass
+class NormState:
+    """Name of a batch-norm and how it ran last."""
+
+    name: str
+    last: str = "torch: not run yet"
+
+
+class FastBatchNorm(Swapped):
+    """Mixed into BatchNorm2d."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        # torch.compile fuses torch's own operator.
+        if torch.compiler.is_compiling() or STATE not in vars(self):
+            return super().forward(input)
+        reason = _why_torch(self, input)
+        if reason is None:
+            return _run(self, input)
+        getattr(self, STATE).last = f"torch: {reason}"
+        return super().forward(input)
+
+
+def _why_torch(norm: nn.BatchNorm2d, input: Tensor) -> str | None:
+    """Why torch's operator must take this call, None if ours can. Errors are torch's, too."""
+    if not norm.training:
+        return "evaluation"
+    if type(input) is not Tensor or input.device.type != "cpu" or input.dim() != 4 or not fits(input):
+        return "input is not contiguous float32 images on CPU, or nothing is compiled"
+    own = [t for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var) if t is not None]
+    if any(t.dtype != input.dtype or t.shape != input.shape[1:2] or t.device != input.device for t in own):
+        return "weight or statistics do not go with the input"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast"
+    traced = torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None
+    if traced or torch.autograd.forward_ad._current_level >= 0:
+        return "a transform of torch.func, forward-mode differentiation or a trace"
+    return None
+
+
+def _run(norm: nn.BatchNorm2d, input: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
+    output, mean, variance = batch_norm(
+        input, norm.weight, norm.bias, residual, activation=activation, eps=norm.eps
+    )  # fmt: skip
+    if norm.track_running_stats:
+        _track(norm, mean, variance, input.numel() // len(mean))
+    fused = (" + residual" if residual is not None else "") + (" + ReLU" if activation else "")
+    getattr(norm, STATE).last = f"compiled{fused}"
+    return output
+
+
+@torch.no_grad()
+def _track(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> None:
+    """The running statistics, as torch.nn.BatchNorm2d.forward and its operator update them."""
+    share = norm.momentum or 0.0
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        share = 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else share
+    for running, value in ((norm.running_mean, mean), (norm.running_var, variance * (count / (count - 1)))):
+        if running is not None:
+            running.mul_(1 - share).add_(value, alpha=share)
+
+
+def _called_plainly(module: nn.Module) -> bool:
+    """Whether a call of the module is one of its class's forward and nothing else."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return not any(hooks) and "forward" not in vars(module) and module._compiled_call_impl is None
+
+
+def norm_relu(norm: nn.Module, relu: nn.Module, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    """relu(norm(input) + residual), in one pass where nobody can tell."""
+    known = isinstance(norm, FastBatchNorm) and STATE in vars(norm) and type(relu) is nn.ReLU
+    plain = known and not _has_any_global_hook()
+    if plain and _called_plainly(norm) and _called_plainly(relu) and _why_torch(norm, input) is None:
+        fit = residual is None or (type(residual) is Tensor and residual.shape == input.shape and fits(residual))
+        if fit and (residual is None or residual.device == input.device):
+            return _run(norm, input, residual, "relu")
+    output = norm(input)
+    if residual is not None:
+        output += residual
+    return relu(output)
+
+
+class FusedSequential(Swapped):
+    """Mixed into Sequential."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return super().forward(input)
+        modules, i = list(self), 0
+        while i < len(modules):
+            module, after = modules[i], modules[i + 1] if i + 1 < len(modules) else None
+            pair = isinstance(module, FastBatchNorm) and type(after) is nn.ReLU
+            input = norm_relu(module, after, input) if pair else module(input)
+            i += 2 if pair else 1
+        return input
+
+
+class FusedBasicBlock(Swapped):
+    """Mixed into torchvision's block of ResNet-18 and -34."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return super().forward(x)
+        output = self.conv2(norm_relu(self.bn1, self.relu, self.conv1(x)))
+        return norm_relu(self.bn2, self.relu, output, x if self.downsample is None else self.downsample(x))
+
+
+class FusedBottleneck(Swapped):
+    """Mixed into torchvision's block of larger ResNets."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return super().forward(x)
+        output = self.conv2(norm_relu(self.bn1, self.relu, self.conv1(x)))
+        output = self.conv3(norm_relu(self.bn2, self.relu, output))
+        return norm_relu(self.bn3, self.relu, output, x if self.downsample is None else self.downsample(x))
+
+
+def _container(module: nn.Module) -> type[Swapped] | None:
+    """What repeats the forward of this module with fused batch-norms."""
+    forward = type(module).forward
+    if forward is nn.Sequential.forward:
+        pairs = pairwise(module)
+        return FusedSequential if any(_is_norm(a) and type(b) is nn.ReLU for a, b in pairs) else None
+    resnet = sys.modules.get("torchvision.models.resnet")
+    blocks = {"BasicBlock": FusedBasicBlock, "Bottleneck": FusedBottleneck} if resnet else {}
+    return next((mixin for name, mixin in blocks.items() if forward is getattr(resnet, name).forward), None)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return type(module) is nn.BatchNorm2d
+
+
+def accelerate_norms(model: nn.Module) -> None:
+    """Swap each BatchNorm2d, and what holds one with a ReLU behind it; subclasses with behaviour of their own stay."""
+    modules = list(model.named_modules())
+    for mixin, module in [(_container(module), module) for _, module in modules]:
+        if mixin is not None:
+            swap(module, mixin)
+    for name, module in modules:
+        if _is_norm(module):
+            swap(module, FastBatchNorm, NormState(name))
