@@ -139,7 +139,7 @@ def accelerate(model: nn.Module, sparsifier_or_masks: Sparsifier | MaskSet, choo
 
     Each BatchNorm2d in training runs on a compiled CPU kernel, float32 and contiguous inputs only, in the same pass as
     the ReLU behind it in a Sequential, or residual and ReLU in a block of torchvision's ResNets; as before where hooks
-    want to see what is between them, under autocast, inside torch.compile and under transforms of torch.func.
+    want to see what is between them, inside torch.compile and under transforms of torch.func.
 
     The modules stay the same objects with the same parameters, names and state dict; copies and pickles are plain.
     Layers outside the masks are left alone. `restore` undoes it; a second call replaces the first. Returns `model`.

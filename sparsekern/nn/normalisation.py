@@ -48,8 +48,6 @@ def _why_torch(norm: nn.BatchNorm2d, input: Tensor) -> str | None:
     own = [t for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var) if t is not None]
     if any(t.dtype != input.dtype or t.shape != input.shape[1:2] or t.device != input.device for t in own):
         return "weight or statistics do not go with the input"
-    if torch.is_autocast_enabled("cpu"):
-        return "autocast"
     traced = torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None
     if traced or torch.autograd.forward_ad._current_level >= 0:
         return "a transform of torch.func, forward-mode differentiation or a trace"
