@@ -61,7 +61,8 @@ def _lines(rows: list[dict[str, str]]) -> list[str]:
         if row["baseline"]:
             against = row["baseline"], f"{float(row['baseline_ms']):.1f}", f"{float(row['speedup']):.2f}x"
         cells = (
-            row["case"] + f", {row['pass']}" * (row["pass"] != "step"), row["pattern"] + ", packed" * (row["layout"] == "packed"), row["sparsity"],
+            row["case"] + f", {row['pass']}" * (row["pass"] != "step"),
+            row["pattern"] + ", packed" * (row["layout"] == "packed"), row["sparsity"],
             f"{float(row['median_ms']):.1f}{_noise(row)}",
             floors, *against,
         )  # fmt: skip
