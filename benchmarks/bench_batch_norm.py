@@ -101,7 +101,7 @@ def contender(forward: Forward, given: list[Tensor], grad: Tensor, pass_: str) -
 
 
 def check(found: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
-    """AssertionError unless all are equal. Numbers near 0 may pass the ReLU of one side only, so whole tensors count."""
+    """AssertionError unless all are equal. Numbers near 0 may pass the ReLU of one side only: whole tensors count."""
     for got, expected in zip(found, want, strict=True):
         error = float((got - expected).norm() / expected.norm())
         assert error < 1e-3, f"a result is off by {error:.1%}"

@@ -92,6 +92,8 @@ def test_training_rows_say_where_a_step_spends_its_time(tmp_path):
                 "step", "mask update", "step/convolution", "step/batch-norm", "step/optimizer", "step/rest"
             ]  # fmt: skip
             assert all(r["speedup"] > 0 for r in chosen[:2]) and all(r["median_ms"] > 0 for r in chosen)
+    others = [r["case"].removeprefix("resnet50/dense step") for r in rows if "pattern" not in r]
+    assert others == [", our norms", "/convolution", "/batch-norm", "/optimizer", "/rest"] * 3
 
 
 def test_training_refuses_wrong_gradients(monkeypatch):
