@@ -122,8 +122,9 @@ def test_repeated_calls_see_new_values_structures_and_instruction_sets(native_is
     def agrees(mask):
         for b in (None, bias):
             want = torch.nn.functional.conv2d(x, torch.where(mask, w, 0), b, 1, 1)
-            for _ in range(3):
-                torch.testing.assert_close(sk.ops.sparse_conv2d(x, w, s, b, 1, 1), want)
+            for asked in (True, True, False, False, True):
+                torch.testing.assert_close(sk.ops.sparse_conv2d(x.requires_grad_(asked), w, s, b, 1, 1), want)
+            x.requires_grad_(False)
 
     agrees(mask)
     w.data.mul_(-2)  # behind the back of the version counter
@@ -166,14 +167,53 @@ def test_only_plain_unwatched_calls_are_short(native_isa, monkeypatch):
         except TypeError:
             assert type(stride) is not list, "one or two ints are allowed"
     w.requires_grad_()
-    assert not run() and sk.ops.sparse_conv2d(x, w, s).requires_grad
+    assert run() and sk.ops.sparse_conv2d(x, w, s).requires_grad
     with torch.no_grad():
         assert run()
+    with torch.autograd.forward_ad.dual_level():
+        assert not run()
     with torch.utils.flop_counter.FlopCounterMode(display=False), torch.no_grad():
         assert not run()
     w.requires_grad_(False)
     with pytest.raises(RuntimeError, match="Batching rule"):  # torch has none for operators on lists of tensors
         torch.func.vmap(lambda x: sk.ops.sparse_conv2d(x, w, s))(torch.stack([x, 2 * x]))
+
+
+@pytest.mark.parametrize("asked", ["xwb", "w", "x", "b"])
+@pytest.mark.parametrize("last", [False, True])
+def test_repeated_calls_have_the_gradients_of_the_first(native_isa, asked, last):
+    w, s, mask = layer("4x1")
+    x, bias = torch.randn(2, 8, 6, 6), torch.randn(8)
+    x = x.to(memory_format=torch.channels_last) if last else x
+    given = [t.clone().requires_grad_(name in asked) for name, t in {"x": x, "w": w, "b": bias}.items()]
+    exact = [t.detach().double().requires_grad_() for t in given]
+    ramp = torch.linspace(-1, 1, 2 * 8 * 3 * 3).reshape(2, 8, 3, 3)
+    torch.nn.functional.conv2d(exact[0], torch.where(mask, exact[1], 0), exact[2], 2, 1).backward(ramp.double())
+    for name in ("first", "SparseConv2d", "SparseConv2d"):
+        result = sk.ops.sparse_conv2d(given[0], given[1], s, given[2], 2, 1)
+        assert name == "first" or type(result.grad_fn).__name__.startswith(name)
+        result.backward(ramp)
+        for got, want in zip(given, exact, strict=True):
+            assert (got.grad is None) != got.requires_grad
+            if got.grad is not None:
+                torch.testing.assert_close(got.grad.double(), want.grad, rtol=1e-5, atol=1e-5)
+                got.grad = None
+
+
+def test_repeated_calls_refuse_what_the_first_refuses(native_isa):
+    w, s, _ = layer("4x1")
+    x, w = torch.randn(1, 8, 5, 5, requires_grad=True), w.requires_grad_()
+    for _ in range(3):
+        with pytest.raises(NotImplementedError, match="no second derivative"):
+            (grad,) = torch.autograd.grad(sk.ops.sparse_conv2d(x, w, s).square().sum(), x, create_graph=True)
+            grad.sum().backward()
+        for changed in (w, *s.tensors):
+            result = sk.ops.sparse_conv2d(x, w, s)
+            with torch.no_grad():
+                changed.add_(0)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                result.sum().backward()
+        sk.ops.sparse_conv2d(x, w, s).sum().backward()
 
 
 def test_plans_are_few_and_go_with_their_structure(native_isa):

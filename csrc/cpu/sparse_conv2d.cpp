@@ -179,14 +179,17 @@ bool sparse_product_cpu(Tensor result, Tensor input, Tensor weight, Tensor plan,
   return true;
 }
 
-// `result` is stored as the weight is, with zeros where nothing is kept.
+// `result` is stored as the weight is, output by output.
 bool sparse_weight_gradient_cpu(Tensor result, Tensor grad, Tensor input, Tensor plan, std::string layout, Ints shape,
                                 Ints geometry, int64_t groups) {
   const SparseShape w = sparse_shape(result, shape, layout, groups);
   const Geometry g = geometry_of(input, grad, shape, geometry, w);
+  const int64_t row_size = result.dim() > 1 ? result.numel() / w.outputs : 0;
+  STD_TORCH_CHECK(result.dim() == 1 || w.outputs == 1 || result.stride(0) == row_size,
+                  "sparsekern: the outputs of a weight gradient must follow each other in memory");
   return sparse_weight_gradient(g.rows, g.columns, {input.const_data_ptr<float>(), strides_of(input)}, w, reader(plan),
                                 {grad.const_data_ptr<float>(), strides_of(grad)}, result.mutable_data_ptr<float>(),
-                                g.images);
+                                row_size, g.images);
 }
 
 bool sparse_input_gradient_cpu(Tensor result, Tensor grad, Tensor weight, Tensor plan, std::string layout, Ints shape,

@@ -16,12 +16,12 @@ bool plan_weight_gradient(const SparseForm& form, const GradientAxis& rows, cons
 bool plan_input_gradient(const SparseForm& form, const GradientAxis& rows, const GradientAxis& columns,
                          const Strides& gradients, int64_t images, int64_t lanes, int32_t* plan);
 
-// The gradient of the weight at its kept blocks, stored as the weight is; other elements stay as they are. Sums run
-// over tiles in order, so results do not depend on threads. False, with nothing written, if the plan is for other
-// tiles.
+// The gradient of the weight, stored as the weight is: each output has `row_size` neighbouring elements, which are 0
+// but for its kept blocks; a packed gradient holds only those, and `row_size` is 0. Sums run over tiles in order, so
+// results do not depend on threads. False, with nothing written, if the plan is for other tiles.
 bool sparse_weight_gradient(const GradientAxis& rows, const GradientAxis& columns, const Image<const float>& input,
                             const SparseShape& w, PlanReader plan, const Image<const float>& gradients, float* result,
-                            int64_t images);
+                            int64_t row_size, int64_t images);
 
 // The gradient of the input. Pixels that no tap reaches by the stride stay as they are. False if the plan is for other
 // tiles.

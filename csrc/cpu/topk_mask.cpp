@@ -65,7 +65,7 @@ void add_group_bits(Scores& all) {
   all.allowed.resize(all.tensors.size());
   for (size_t i = 0; i < all.tensors.size(); ++i) {
     TopkTensor& t = all.tensors[i];
-    all.chosen[i].resize((all.groups[i] + 7) / 8);
+    all.chosen[i].resize((all.groups[i] + 7) / 8 + 8);  // topk_spread reads whole words
     t.chosen = all.chosen[i].data();
     if (!t.allowed) continue;
     all.allowed[i].resize((all.groups[i] + 7) / 8);

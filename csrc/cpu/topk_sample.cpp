@@ -7,6 +7,7 @@
 #include <cmath>
 #include <functional>
 #include <iterator>
+#include <memory>
 #include <mutex>
 
 #include "dispatch.h"
@@ -91,11 +92,11 @@ std::optional<Bracket> sample_bracket(const TopkSpan& span, int64_t keep, int64_
   return bracket;
 }
 
-// What one thread collected from tasks [from, to).
+// What one thread collected from tasks [from, to). There is room for the most; pages never written are no memory.
 struct Piece {
-  int64_t from, to;
-  std::vector<uint32_t> keys;
-  std::vector<uint16_t> places;
+  int64_t from, to, count;
+  std::unique_ptr<uint32_t[]> keys;
+  std::unique_ptr<uint16_t[]> places;
 };
 
 struct Scan {
@@ -110,18 +111,17 @@ void scan(const TopkSpan& span, const Bracket& bracket, int64_t room, Scan& resu
   std::mutex merging;
   const auto kernel = kernels().topk_scan;
   torch::stable::parallel_for(0, span.tasks(), 1, [&](int64_t from, int64_t to) {
-    Piece piece{from, to, {}, {}};
-    std::vector<uint32_t> keys(kTopkGrain);
-    std::vector<uint16_t> places(kTopkGrain);
+    const int64_t most = std::min(room, (to - from) * kTopkGrain) + kTopkGrain;
+    Piece piece{from, to, 0, std::make_unique_for_overwrite<uint32_t[]>(most),
+                std::make_unique_for_overwrite<uint16_t[]>(most)};
     span.each(from, to, [&](const TopkTensor& t, int64_t task, int64_t begin, int64_t end) {
       if (result.collected > room) return;
       TopkFound found;
-      kernel(t, bracket.lo, bracket.hi, begin, end, keys.data(), places.data(), &found);
+      kernel(t, bracket.lo, bracket.hi, begin, end, &piece.keys[piece.count], &piece.places[piece.count], &found);
       result.above += found.above;
       result.collected += result.within[task] = found.within;
       if (found.nan) result.nan = true;
-      piece.keys.insert(piece.keys.end(), keys.begin(), keys.begin() + found.within);
-      piece.places.insert(piece.places.end(), places.begin(), places.begin() + found.within);
+      piece.count += found.within;
     });
     const std::lock_guard<std::mutex> lock(merging);
     result.pieces.push_back(std::move(piece));
@@ -133,13 +133,13 @@ TopkThreshold collected_threshold(const std::vector<Piece>& pieces, const Bracke
   const int shift = std::max(0, static_cast<int>(std::bit_width(bracket.hi - bracket.lo)) - 12);
   std::vector<int64_t> counts(1 << 12);
   for (const Piece& piece : pieces) {
-    for (uint32_t key : piece.keys) ++counts[(key - bracket.lo) >> shift];
+    for (int64_t i = 0; i < piece.count; ++i) ++counts[(piece.keys[i] - bracket.lo) >> shift];
   }
   uint32_t bin = (1 << 12) - 1;
   while (counts[bin] < n) n -= counts[bin--];
   std::vector<uint32_t> keys;
   for (const Piece& piece : pieces) {
-    std::copy_if(piece.keys.begin(), piece.keys.end(), std::back_inserter(keys),
+    std::copy_if(&piece.keys[0], &piece.keys[piece.count], std::back_inserter(keys),
                  [&](uint32_t key) { return (key - bracket.lo) >> shift == bin; });
   }
   std::nth_element(keys.begin(), keys.begin() + n - 1, keys.end(), std::greater<>());
@@ -156,7 +156,7 @@ void each_collected(const TopkSpan& span, const Scan& scan, const F& body) {
       const Piece& piece = scan.pieces[i];
       size_t at = 0;
       span.each(piece.from, piece.to, [&](const TopkTensor& t, int64_t task, int64_t begin, int64_t) {
-        body(t, task, begin, piece.keys.data() + at, piece.places.data() + at);
+        body(t, task, begin, &piece.keys[at], &piece.places[at]);
         at += scan.within[task];
       });
     }

@@ -1,11 +1,13 @@
-"""Repeated calls of sparse_conv2d that need no gradient go straight to the kernel.
+"""Repeated calls of sparse_conv2d go straight to the kernel, and their gradients to theirs.
 
-Checks, the dispatcher and the layers of Python behind it cost tens of microseconds, as much as a small layer takes.
-What they decide depends on shapes, strides, geometry and structure only, so it is kept with the structure's plans.
+Checks, the dispatcher and the layers of Python behind it cost more than a hundred microseconds where a gradient is
+asked for, as much as a small layer takes. What they decide depends on shapes, strides, geometry and structure only, so
+it is kept with the structure's plans.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,21 +29,60 @@ class Call:
     output: torch.Size
     last: bool  # channels_last
     rest: tuple[Any, ...]  # shape, geometry and groups, for the kernel
+    backward: Callable[..., Any]  # as the operator sparse_conv2d_backward
+
+    def new_result(self, input: Tensor) -> Tensor:
+        """Without values yet."""
+        if self.last:
+            return torch.empty(self.output, dtype=input.dtype, memory_format=torch.channels_last)
+        return input.new_empty(self.output)
 
 
-def _unobserved(*tensors: Tensor | None) -> bool:
-    """Plain tensors that no gradient is asked for, and nothing that records or transforms operators."""
+class SparseConv2d(torch.autograd.Function):
+    """A repeated float32 call that a gradient is asked of."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, call: Call, structure: SparseStructure
+    ) -> Tensor:
+        result = call.new_result(input)
+        rest = structure.layout, bias, *sparse_kernels.PLAIN, *call.rest
+        if not sparse_kernels.product(result, input, weight, call.plan, *rest):
+            raise _OtherInstructionSet
+        ctx.save_for_backward(input, weight, *structure.tensors)
+        ctx.call, ctx.layout = call, structure.layout
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, *structure = ctx.saved_tensors
+        shape, geometry, groups = ctx.call.rest
+        needs = list(ctx.needs_input_grad[:3])
+        axes = geometry[:2], geometry[2:4], geometry[4:]
+        found = ctx.call.backward(grad, input, weight, structure, ctx.layout, *axes, groups, needs, shape)
+        return *(g if need else None for g, need in zip(found, needs, strict=True)), None, None
+
+
+class _OtherInstructionSet(Exception):
+    """The kept plan is of another instruction set than the kernels in use."""
+
+
+def plain(*tensors: Tensor | None) -> bool:
+    """Ordinary tensors, and nothing that records or transforms operators."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return False
-    graph = torch.is_grad_enabled()
-    return all(t is None or (type(t) in _PLAIN and not (graph and t.requires_grad)) for t in tensors)
+    return all(t is None or type(t) in _PLAIN for t in tensors)
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _differentiated(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _exact(given: tuple[Any, ...]) -> bool:
@@ -66,7 +107,8 @@ def _key(input: Tensor, weight: Tensor, given: tuple[Any, ...]) -> tuple[Any, ..
 
 def _after(epilogue: Epilogue, result: Tensor) -> tuple[Any, ...] | None:
     """What the kernel takes of an epilogue, None if it does not."""
-    if epilogue.activation not in BOUNDS or not _unobserved(epilogue.scale, epilogue.residual):
+    operands = epilogue.scale, epilogue.residual
+    if epilogue.activation not in BOUNDS or not plain(*operands) or _differentiated(*operands):
         return None
     if not all(t is None or _compiled(t) for t in (epilogue.scale, epilogue.residual)):
         return None
@@ -87,21 +129,24 @@ def repeat(
     except (AttributeError, KeyError, TypeError):  # not tensors, not known, a list
         return None
     dtype = input.dtype
-    if not (
-        _exact(given) and _unobserved(input, weight, bias) and _compiled(input, dtype) and _compiled(weight, dtype)
-    ):
+    if not (_exact(given) and plain(input, weight, bias) and _compiled(input, dtype) and _compiled(weight, dtype)):
         return None
     if bias is not None and not (_compiled(bias, dtype) and bias.shape == structure.shape[:1] and bias.is_contiguous()):
         return None
     if call.versions != sparse_kernels.versions(structure.tensors):
         return None
+    graph = _differentiated(input, weight, bias)
     # Each step of an epilogue rounds to the dtype, which kernels do for float32.
-    if epilogue is not None and dtype is not torch.float32:
+    if dtype is not torch.float32 and (graph or epilogue is not None):
         return None
-    if call.last:
-        result = torch.empty(call.output, dtype=dtype, memory_format=torch.channels_last)
-    else:
-        result = input.new_empty(call.output)
+    if graph:
+        if epilogue is not None:
+            return None
+        try:
+            return SparseConv2d.apply(input, weight, bias, call, structure)
+        except _OtherInstructionSet:
+            return None
+    result = call.new_result(input)
     after = sparse_kernels.PLAIN if epilogue is None else _after(epilogue, result)
     if after is None:
         return None
@@ -118,13 +163,16 @@ def remember(
     given: tuple[Any, ...],
     geometry: tuple[int, ...],
     result: Tensor,
+    backward: Callable[..., Any],
 ) -> None:
     """Keep a call that passed all checks, if its like may skip them; operands must be dense as they are."""
     if not (_exact(given) and type(structure) is SparseStructure and compiled_product(input, weight, bias)):
         return
-    if not _unobserved(input, weight, bias):
+    if not plain(input, weight, bias):
         return
     sparse = sparse_kernels.Weight(weight, structure.tensors, structure.layout, structure.shape, structure.groups)
     plan, rest = sparse.plan("product", input, result, geometry), (structure.shape, geometry, structure.groups)
-    call = Call(sparse_kernels.versions(structure.tensors), plan, result.shape, not result.is_contiguous(), rest)
+    call = Call(
+        sparse_kernels.versions(structure.tensors), plan, result.shape, not result.is_contiguous(), rest, backward
+    )
     sparse_kernels.remember(structure.calls, _key(input, weight, given), call)

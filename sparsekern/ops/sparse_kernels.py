@@ -153,8 +153,6 @@ def run_gradients(
     """Fill those gradients that have elements; that of a dense weight is laid out like it."""
     rest = weight.shape, geometry, weight.groups
     if grad_weight.numel():
-        if grad_weight.dim() > 1:
-            grad_weight.zero_()
         weight.run(
             "weight", input, grad, geometry,
             lambda plan: weight_gradient(grad_weight, grad, input, plan, weight.layout, *rest),

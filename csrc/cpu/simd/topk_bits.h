@@ -32,45 +32,64 @@ inline void or_bits(uint8_t* to, int64_t at, uint64_t bits, int64_t n) {
   }
 }
 
-// Appends bits; the last byte is filled up with zeros.
+// `n` <= 57 bits from any bit on; reads up to 8 bytes.
+inline uint64_t get_word(const uint8_t* from, int64_t at, int n) {
+  uint64_t bits;
+  __builtin_memcpy(&bits, from + (at >> 3), 8);
+  return bits >> (at & 7) & ((uint64_t{1} << n) - 1);
+}
+
+// Appends at most 32 bits at a time; the last byte is filled up with zeros.
 struct BitWriter {
   uint8_t* out;
-  uint32_t pending = 0;
+  uint64_t pending = 0;
   int held = 0;
-  void put(uint32_t bits, int n) {
+  void put(uint64_t bits, int n) {
     pending |= bits << held;
     held += n;
-    if (held < 8) return;
-    *out++ = static_cast<uint8_t>(pending);
-    pending >>= 8;
-    held -= 8;
+    if (held < 32) return;
+    __builtin_memcpy(out, &pending, 4);
+    out += 4;
+    pending >>= 32;
+    held -= 32;
   }
-  void finish() const {
-    if (held) *out = static_cast<uint8_t>(pending);
-  }
+  void finish() { put_bits(out, pending, held); }
 };
 
-// Mask bits of weights [begin, end), begin a multiple of 8, from the group bits of a block pattern.
+// Mask bits of 32 weights from those of 8 groups of neighbours.
+inline uint32_t fourfold(uint32_t groups) {
+  uint32_t bits = (groups | groups << 12) & 0x000f000fu;
+  bits = (bits | bits << 6) & 0x03030303u;
+  bits = (bits | bits << 3) & 0x11111111u;
+  return bits * 15;
+}
+
+// Mask bits of weights [begin, end), begin a multiple of 32, from the group bits of a block pattern, behind which lie
+// 8 bytes to read.
 void topk_spread(const TopkTensor& t, int64_t begin, int64_t end) {
-  const int64_t blocks = (t.axis + 3) / 4, inner = t.inner;
-  if (inner == 1 && t.axis % 4 == 0) {
-    for (; begin < end; begin += 8) {
-      const uint32_t pair = t.chosen[begin >> 5] >> (begin >> 2 & 7) & 3u;
-      const uint32_t bits = (pair & 1u) * 0x0fu + (pair >> 1) * 0xf0u;
-      t.mask[begin >> 3] = static_cast<uint8_t>(end - begin < 8 ? bits & 0x0fu : bits);
+  const int64_t axis = t.axis, inner = t.inner, blocks = (axis + 3) / 4;
+  if (inner == 1 && axis % 4 == 0) {
+    for (; end - begin >= 32; begin += 32) {
+      const uint32_t bits = fourfold(t.chosen[begin >> 5]);
+      __builtin_memcpy(t.mask + begin / 8, &bits, 4);
     }
+    if (begin < end) put_bits(t.mask + begin / 8, fourfold(t.chosen[begin >> 5]), end - begin);
     return;
   }
-  int64_t row = begin / inner, column = begin % inner;
+  int64_t channel = begin / inner % axis, column = begin % inner, base = begin / inner / axis * blocks;
   BitWriter writer{t.mask + begin / 8};
-  for (; begin < end; ++row, column = 0) {
+  while (begin < end) {
     const int64_t left = inner - column < end - begin ? inner - column : end - begin;
-    const int64_t from = (row / t.axis * blocks + row % t.axis / 4) * inner + column;
-    for (int64_t done = 0; done < left; done += 8) {
-      const int n = static_cast<int>(left - done < 8 ? left - done : 8);
-      writer.put(get_bits(t.chosen, from + done, n), n);
+    const int64_t from = (base + channel / 4) * inner + column;
+    for (int64_t done = 0; done < left; done += 32) {
+      const int n = static_cast<int>(left - done < 32 ? left - done : 32);
+      writer.put(get_word(t.chosen, from + done, n), n);
     }
     begin += left;
+    column = 0;
+    if (++channel < axis) continue;
+    channel = 0;
+    base += blocks;
   }
   writer.finish();
 }

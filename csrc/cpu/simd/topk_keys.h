@@ -36,6 +36,22 @@ inline Key key_of(V value) {
   return bits & kSign ? ~bits : bits | kSign;
 }
 
+#ifndef SPARSEKERN_WIDE
+// Of 64 scores: one bit for each whose key is in [lo, over), and one for each from `over` on; whether one is NaN.
+template <bool kMagnitude>
+inline bool bracket_bits(const float* scores, uint32_t lo, uint32_t over, uint64_t* inside, uint64_t* above) {
+  bool nan = false;
+  *inside = *above = 0;
+  for (int j = 0; j < 64; ++j) {
+    const uint32_t key = key_of<kMagnitude, uint32_t>(scores[j]);
+    nan |= scores[j] != scores[j];
+    *inside |= static_cast<uint64_t>((key >= lo) & (key < over)) << j;
+    *above |= static_cast<uint64_t>(key >= over) << j;
+  }
+  return nan;
+}
+#endif
+
 // n scores as float or double: in place where they are that already, else in `buffer`.
 inline const float* widened(const float* x, int64_t, float*) { return x; }
 inline const double* widened(const double* x, int64_t, double*) { return x; }
@@ -67,9 +83,9 @@ inline float weight_value(float x) {
   return kMagnitude ? __builtin_fabsf(x) : x;
 }
 
-// Scores of `run` blocks of `count` <= 4 weights each, neighbours in memory; weights of a block lie `step` apart.
+// Sums over the `count` <= 4 weights of `run` blocks, neighbours in memory; weights of a block lie `step` apart.
 template <bool kMagnitude, class S>
-inline void block_row(const S* x, int64_t step, int64_t count, int64_t run, float* out) {
+inline void block_sums(const S* x, int64_t step, int64_t count, int64_t run, float* out) {
   float buffer[kKeyBuffer];
   const float* row = widened(x, run, buffer);
   for (int64_t i = 0; i < run; ++i) out[i] = weight_value<kMagnitude>(row[i]);
@@ -77,6 +93,23 @@ inline void block_row(const S* x, int64_t step, int64_t count, int64_t run, floa
     row = widened(x + j * step, run, buffer);
     for (int64_t i = 0; i < run; ++i) out[i] = out[i] + weight_value<kMagnitude>(row[i]);
   }
+}
+// All rows in one pass: rows of 3x3 kernels are too short for several.
+template <bool kMagnitude>
+inline void block_sums(const float* x, int64_t step, int64_t count, int64_t run, float* out) {
+  using Wide = typename WideOf<float>::type;
+  const auto value = [](Wide v) { return kMagnitude ? larger(v, v.negate()) : v; };
+  for (int64_t i = 0; i < run; i += Wide::kLanes) {
+    const int64_t n = run - i < Wide::kLanes ? run - i : Wide::kLanes;
+    Wide sum = value(Wide::load(x + i, n));
+    for (int64_t j = 1; j < count; ++j) sum = sum + value(Wide::load(x + j * step + i, n));
+    sum.store(out + i, n);
+  }
+}
+
+template <bool kMagnitude, class S>
+inline void block_row(const S* x, int64_t step, int64_t count, int64_t run, float* out) {
+  block_sums<kMagnitude>(x, step, count, run, out);
   if (count == 4) return;
   // Through double, which cannot change the result: 4s/3 is never half-way between two float32 values.
   for (int64_t i = 0; i < run; ++i) {
@@ -120,18 +153,37 @@ inline bool keys_of_values(const V* values, int64_t n, Key* out) {
   return nan != 0;
 }
 
-template <bool kMagnitude, class Key, class S>
-inline bool fill_keys(const TopkTensor& t, int64_t begin, int64_t end, Key* out) {
-  using V = typename ValueOf<Key>::type;
-  V buffer[kKeyBuffer];
-  if constexpr (sizeof(Key) == 4) {
+// The float or double scores of groups [begin, end), at most kKeyBuffer of them, in place or in `buffer`.
+template <bool kMagnitude, class S, class V>
+inline const V* group_values(const TopkTensor& t, int64_t begin, int64_t end, V* buffer) {
+  if constexpr (sizeof(V) == 4) {
     if (t.block) {
       block_values<kMagnitude, S>(t, begin, end, buffer);
-      return keys_of_values<kMagnitude>(buffer, end - begin, out);
+      return buffer;
     }
   }
-  const V* const values = widened(static_cast<const S*>(t.score) + begin, end - begin, buffer);
-  return keys_of_values<kMagnitude>(values, end - begin, out);
+  return widened(static_cast<const S*>(t.score) + begin, end - begin, buffer);
+}
+
+// The float32 ones, on the fly or widened from any dtype.
+template <bool kMagnitude>
+inline const float* float_values(const TopkTensor& t, int64_t begin, int64_t end, float* buffer) {
+  switch (t.dtype) {
+    case Dtype::kBFloat16:
+      return group_values<kMagnitude, BFloat16>(t, begin, end, buffer);
+    case Dtype::kFloat16:
+      return group_values<kMagnitude, Float16>(t, begin, end, buffer);
+    case Dtype::kFloat64:
+      return group_values<kMagnitude, double>(t, begin, end, buffer);
+    default:
+      return group_values<kMagnitude, float>(t, begin, end, buffer);
+  }
+}
+
+template <bool kMagnitude, class Key, class S>
+inline bool fill_keys(const TopkTensor& t, int64_t begin, int64_t end, Key* out) {
+  typename ValueOf<Key>::type buffer[kKeyBuffer];
+  return keys_of_values<kMagnitude>(group_values<kMagnitude, S>(t, begin, end, buffer), end - begin, out);
 }
 
 // Keys of groups [begin, end), at most kKeyBuffer of them; returns whether a score is NaN, candidate or not.

@@ -34,24 +34,87 @@ void topk_gather(const TopkTensor& t, const int64_t* at, int64_t count, uint32_t
   for (int64_t i = 0; i < count; ++i) topk_keys(t, at[i], at[i] + 1, out + i);
 }
 
+// Asks for the scores that the scan comes to kBytes later. It does so much with each that the processor alone looks too
+// few ahead: measured (Sapphire Rapids, one thread, 102 MB) 10.8 ms without and 5.0 ms with it, where a read takes 3.6.
+class Ahead {
+ public:
+  Ahead(const TopkTensor& t, int64_t begin) {
+    const int64_t size = t.dtype == Dtype::kFloat64 ? 8 : t.dtype == Dtype::kFloat32 ? 4 : 2;
+    word_ = 64 * size * (t.block ? 4 : 1);
+    line_ = static_cast<const char*>(t.score) + begin / 64 * word_ + kBytes;
+  }
+  // For 64 groups. Those of blocks lie in this order but for ragged channels, and reading ahead is never wrong.
+  void next() {
+    for (int64_t i = 0; i < word_; i += 64) __builtin_prefetch(line_ + i);
+    line_ += word_;
+  }
+
+ private:
+  static constexpr int64_t kBytes = 8192;
+  const char* line_;
+  int64_t word_;
+};
+
+// What a scan collects, and how far it has come.
+struct Collected {
+  uint32_t* keys;
+  uint16_t* places;
+  TopkFound found;
+};
+
+// The `n` <= 64 values `x`, those of the groups from `group` on, `place` in the range.
+template <bool kMagnitude>
+inline void scan_word(const TopkTensor& t, const float* x, int64_t n, uint32_t lo, uint32_t over, int64_t group,
+                      int64_t place, Collected& to) {
+  uint64_t inside, above, allowed = n < 64 ? (uint64_t{1} << n) - 1 : ~uint64_t{0};
+  to.found.nan |= bracket_bits<kMagnitude>(x, lo, over, &inside, &above);
+  if (t.allowed) {
+    uint64_t bits = 0;
+    __builtin_memcpy(&bits, t.allowed + group / 8, n < 64 ? (n + 7) / 8 : 8);
+    allowed &= bits;
+  }
+  above &= allowed;
+  to.found.above += __builtin_popcountll(above);
+  put_bits(t.chosen + group / 8, above, n);
+  for (inside &= allowed; inside; inside &= inside - 1) {
+    const int i = __builtin_ctzll(inside);
+    to.keys[to.found.within] = key_of<kMagnitude, uint32_t>(x[i]);
+    to.places[to.found.within++] = static_cast<uint16_t>(place + i);
+  }
+}
+
+// Keys are made in registers and compared there, so that the pass waits for nothing but the scores.
+template <bool kMagnitude>
+__attribute__((noinline)) void scan(const TopkTensor& t, uint32_t lo, uint32_t over, int64_t begin, int64_t end,
+                                    Collected& to) {
+  float buffer[kKeyBuffer];
+  Ahead ahead(t, begin);
+  for (int64_t first = begin; first < end; first += kKeyBuffer) {
+    const int64_t n = end - first < kKeyBuffer ? end - first : kKeyBuffer;
+    const float* const x = float_values<kMagnitude>(t, first, first + n, buffer);
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64) {
+      ahead.next();
+      scan_word<kMagnitude>(t, x + i, 64, lo, over, first + i, first - begin + i, to);
+    }
+    if (i < n) {
+      float last[64] = {};
+      __builtin_memcpy(last, x + i, (n - i) * sizeof(float));
+      scan_word<kMagnitude>(t, last, n - i, lo, over, first + i, first - begin + i, to);
+    }
+  }
+}
+
 // Group bits of keys > `hi`; keys in [lo, hi] are appended to `keys`, with their places in the range to `places`.
 void topk_scan(const TopkTensor& t, uint32_t lo, uint32_t hi, int64_t begin, int64_t end, uint32_t* keys,
                uint16_t* places, TopkFound* found) {
-  int64_t chosen = 0, candidates = 0;
-  const bool nan = each_buffer<uint32_t>(t, begin, end, [&](const uint32_t* buffer, int64_t n, int64_t first) {
-    for (int64_t i = 0; i < n; i += 64) {
-      const uint64_t above = at_least_bits(buffer + i, hi + 1);
-      uint64_t inside = at_least_bits(buffer + i, lo) & ~above;
-      chosen += __builtin_popcountll(above);
-      put_bits(t.chosen + (first + i) / 8, above, n - i);
-      for (; inside; inside &= inside - 1) {
-        const int64_t place = i + __builtin_ctzll(inside);
-        keys[candidates] = buffer[place];
-        places[candidates++] = static_cast<uint16_t>(first - begin + place);
-      }
-    }
-  });
-  *found = {chosen, candidates, nan};
+  Collected to{keys, places, {0, 0, false}};
+  if (t.magnitude) {
+    scan<true>(t, lo, hi + 1, begin, end, to);
+  } else {
+    scan<false>(t, lo, hi + 1, begin, end, to);
+  }
+  *found = to.found;
 }
 
 template <class Key>

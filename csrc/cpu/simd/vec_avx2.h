@@ -172,4 +172,34 @@ inline uint64_t at_least_bits(const uint32_t* keys, uint32_t least) {
   return bits;
 }
 
+// As key_of of topk_keys.h.
+template <bool kMagnitude>
+inline __m256i keys_of(__m256 score) {
+  const __m256i sign = _mm256_set1_epi32(static_cast<int>(0x80000000u));
+  if (kMagnitude) return _mm256_add_epi32(_mm256_andnot_si256(sign, _mm256_castps_si256(score)), _mm256_set1_epi32(1));
+  const __m256i bits = _mm256_castps_si256(_mm256_add_ps(score, _mm256_setzero_ps()));
+  return _mm256_xor_si256(bits, _mm256_or_si256(_mm256_srai_epi32(bits, 31), sign));
+}
+
+// As bracket_bits of topk_keys.h.
+template <bool kMagnitude>
+inline bool bracket_bits(const float* scores, uint32_t lo, uint32_t over, uint64_t* inside, uint64_t* above) {
+  const __m256i low = _mm256_set1_epi32(static_cast<int>(lo)), high = _mm256_set1_epi32(static_cast<int>(over));
+  const auto at_least = [](__m256i key, __m256i bound) {
+    const __m256i hit = _mm256_cmpeq_epi32(_mm256_max_epu32(key, bound), key);
+    return static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(hit))));
+  };
+  __m256 nan = _mm256_setzero_ps();
+  *inside = *above = 0;
+  for (int j = 0; j < 8; ++j) {
+    const __m256 score = _mm256_loadu_ps(scores + 8 * j);
+    nan = _mm256_or_ps(nan, _mm256_cmp_ps(score, score, _CMP_UNORD_Q));
+    const __m256i key = keys_of<kMagnitude>(score);
+    *inside |= at_least(key, low) << (8 * j);
+    *above |= at_least(key, high) << (8 * j);
+  }
+  *inside &= ~*above;
+  return _mm256_movemask_ps(nan) != 0;
+}
+
 }  // namespace

@@ -177,4 +177,30 @@ inline uint64_t at_least_bits(const uint32_t* keys, uint32_t least) {
   return bits;
 }
 
+// As key_of of topk_keys.h.
+template <bool kMagnitude>
+inline __m512i keys_of(__m512 score) {
+  const __m512i sign = _mm512_set1_epi32(static_cast<int>(0x80000000u)), one = _mm512_set1_epi32(1);
+  if (kMagnitude) return _mm512_add_epi32(_mm512_andnot_si512(sign, _mm512_castps_si512(score)), one);
+  const __m512i bits = _mm512_castps_si512(_mm512_add_ps(score, _mm512_setzero_ps()));
+  return _mm512_xor_si512(bits, _mm512_or_si512(_mm512_srai_epi32(bits, 31), sign));
+}
+
+// As bracket_bits of topk_keys.h.
+template <bool kMagnitude>
+inline bool bracket_bits(const float* scores, uint32_t lo, uint32_t over, uint64_t* inside, uint64_t* above) {
+  const __m512i low = _mm512_set1_epi32(static_cast<int>(lo)), high = _mm512_set1_epi32(static_cast<int>(over));
+  __mmask16 nan = 0;
+  *inside = *above = 0;
+  for (int j = 0; j < 4; ++j) {
+    const __m512 score = _mm512_loadu_ps(scores + 16 * j);
+    nan = static_cast<__mmask16>(nan | _mm512_cmp_ps_mask(score, score, _CMP_UNORD_Q));
+    const __m512i key = keys_of<kMagnitude>(score);
+    *inside |= static_cast<uint64_t>(_mm512_cmpge_epu32_mask(key, low)) << (16 * j);
+    *above |= static_cast<uint64_t>(_mm512_cmpge_epu32_mask(key, high)) << (16 * j);
+  }
+  *inside &= ~*above;
+  return nan != 0;
+}
+
 }  // namespace
