@@ -8,8 +8,14 @@ import torch
 from torch import nn
 
 import sparsekern as sk
+from sparsekern.nn import normalisation
 
 needs_kernels = pytest.mark.skipif(bool(sk.degradation), reason="nothing is compiled")
+
+
+@pytest.fixture(autouse=True)
+def no_input_is_small(monkeypatch):
+    monkeypatch.setattr(normalisation, "_LEAST", 0)
 
 
 def sequence(**options):
@@ -182,6 +188,14 @@ def test_other_classes_are_left_alone():
     part = nn.Sequential(nn.Conv2d(3, 8, 3), Scaled(8), nn.ReLU(), nn.BatchNorm2d(8), nn.ReLU())
     plain = copy.deepcopy(part)
     torch.testing.assert_close(train(accelerate(part)), train(plain), rtol=1e-4, atol=1e-5)
+
+
+@needs_kernels
+def test_small_inputs_stay_on_torch(monkeypatch):
+    monkeypatch.setattr(normalisation, "_LEAST", 4 * 8 * 12 * 12)
+    model = accelerate(sequence())
+    model(torch.randn(4, 3, 12, 12))
+    assert ran(model) == ["compiled + ReLU", "torch: input is small", "torch: input is small"]
 
 
 @pytest.mark.parametrize("case", ["channels_last", "float64", "bfloat16", "autocast", "strided", "meta"])

@@ -137,9 +137,9 @@ def accelerate(model: nn.Module, sparsifier_or_masks: Sparsifier | MaskSet, choo
     gradient is zero instead of unused. No second derivatives while a layer runs sparse. The `masks` of an attached
     sparsifier stand for it.
 
-    Each BatchNorm2d in training runs on a compiled CPU kernel, float32 and contiguous inputs only, in the same pass as
-    the ReLU behind it in a Sequential, or residual and ReLU in a block of torchvision's ResNets; as before where hooks
-    want to see what is between them, inside torch.compile and under transforms of torch.func.
+    Each BatchNorm2d in training runs on a compiled kernel where its input is contiguous float32 on CPU and not small,
+    in one pass with the ReLU behind it in a Sequential and with residual and ReLU in a block of torchvision's ResNets.
+    It runs as before where hooks want to see what lies between them, inside torch.compile and in torch.func.
 
     The modules stay the same objects with the same parameters, names and state dict; copies and pickles are plain.
     Layers outside the masks are left alone. `restore` undoes it; a second call replaces the first. Returns `model`.

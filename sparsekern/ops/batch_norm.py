@@ -33,6 +33,7 @@ from torch import Tensor
 
 from sparsekern import _library
 from sparsekern.ops.geometry import empty
+from sparsekern.ops.sparse_calls import plain
 
 SCHEMA = (
     "batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, bool relu, float eps)"
@@ -141,8 +142,8 @@ _gradients_cpu = _library.define_native(
 )
 
 
-def compiled(input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> bool:
-    """Whether the kernel takes these operands; `fits` is about the input alone."""
+def _compiled(input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> bool:
+    """Whether the kernel takes these operands, which are on CPU."""
     channels = all(t is None or (t.dtype == torch.float32 and t.is_contiguous()) for t in (weight, bias))
     return fits(input) and channels and (residual is None or fits(residual))
 
@@ -157,8 +158,8 @@ def fits(t: Tensor) -> bool:
 def _cpu(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, relu: bool, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The CPU operator: compiled for what `compiled` says, the reference for the rest."""
-    if not compiled(input, weight, bias, residual):
+    """The CPU operator: compiled for what `_compiled` says, the reference for the rest."""
+    if not _compiled(input, weight, bias, residual):
         return reference(input, weight, bias, residual, relu, eps)
     results = fake(input, weight, bias, residual, relu, eps)
     _forward_cpu(input, weight, bias, residual, relu, eps, *results)
@@ -170,7 +171,7 @@ def _backward_cpu(
     eps: float, needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The CPU gradients; a gradient in another memory format is copied."""
-    if not (compiled(input, weight, None, output) and grad.dtype == torch.float32):
+    if not (_compiled(input, weight, None, output) and grad.dtype == torch.float32):
         return backward_reference(grad, input, weight, output, mean, variance, eps, needs)
     results = backward_fake(grad, input, weight, output, mean, variance, eps, needs)
     _gradients_cpu(grad.contiguous(), input, weight, output, mean, variance, eps, *results)
@@ -189,14 +190,14 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(input, weight, output[0] if relu else None, *output[1:])
 
 
-def _gradients(ctx, grad, *_):
+def _gradients(ctx, grad, *_, run=_backward_op):
     input, weight, output, mean, variance = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:4])
     # Without a ReLU the gradient of the sum is that of the residual too.
     if torch.is_grad_enabled():
         return *_differentiable(grad, input, weight, output, ctx.eps, needs), None, None
     wanted = [*needs[:3], needs[3] and output is not None]
-    found = _backward_op(grad, input, weight, output, mean, variance, ctx.eps, wanted)
+    found = run(grad, input, weight, output, mean, variance, ctx.eps, wanted)
     of_residual = found[3] if wanted[3] else grad if needs[3] else None
     return *(t if need else None for t, need in zip(found[:3], wanted, strict=False)), of_residual, None, None
 
@@ -218,6 +219,20 @@ def _refuse(ctx, *grads):
 _lib = _library._definitions
 torch.library.register_autograd("sparsekern::batch_norm", _gradients, setup_context=_setup_context, lib=_lib)
 torch.library.register_autograd("sparsekern::batch_norm_backward", _refuse, lib=_lib)
+
+
+class _Direct(torch.autograd.Function):
+    """A call that the kernel takes, past the dispatcher: its layers of Python take as long as a small image."""
+
+    @staticmethod
+    def forward(ctx, *operands):
+        results = _cpu(*operands)
+        _setup_context(ctx, operands, results)
+        return results
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return _gradients(ctx, *grads, run=_backward_cpu)
 
 
 def batch_norm(
@@ -248,7 +263,9 @@ def batch_norm(
     _check_shapes(input, {"weight": weight, "bias": bias}, {"residual": residual})
     if input.numel() == input.shape[1] != 0:
         raise ValueError(f"expected more than 1 value per channel, got input of shape {tuple(input.shape)}")
-    return _op(input, weight, bias, residual, activation is not None, eps)
+    direct = input.is_cpu and plain(input, weight, bias, residual) and _compiled(input, weight, bias, residual)
+    run = _Direct.apply if direct else _op
+    return run(input, weight, bias, residual, activation is not None, eps)
 
 
 batch_norm.reference = reference  # type: ignore[attr-defined]
