@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -42,9 +43,18 @@ def blocks(**options):
     )  # fmt: skip
 
 
-NETWORKS = {"sequence": sequence, "blocks": blocks}
-COUNTS = {"sequence": (3, 2), "blocks": (8, 7)}
-"""Batch-norms, and how many of them a ReLU follows."""
+def whole(**options):
+    """torchvision's ResNet, short."""
+    resnet = pytest.importorskip("torchvision.models.resnet")
+    torch.manual_seed(0)
+    if options.get("affine") is False:
+        pytest.skip("torchvision initialises the weights of batch-norms")
+    return resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], 4, norm_layer=partial(nn.BatchNorm2d, **options))
+
+
+NETWORKS = {"sequence": sequence, "blocks": blocks, "whole": whole}
+COUNTS = {"sequence": (3, 2, 0), "blocks": (8, 7, 3), "whole": (12, 9, 4)}
+"""Batch-norms, and how many of them a ReLU follows, and a residual."""
 
 
 def accelerate(model):
@@ -53,8 +63,9 @@ def accelerate(model):
     return sk.nn.accelerate(model, sk.MaskSet(weights))
 
 
-def train(model, steps=4, size=12):
+def train(model, steps=4):
     """Outputs, the last gradients and statistics of a few steps of SGD."""
+    size = 12 if isinstance(model, nn.Sequential) else 64
     optimizer, outputs = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), []
     for step in range(steps):
         x = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(step))
@@ -79,18 +90,20 @@ def ran(model):
 )
 def test_training_stays_the_same(network, options):
     plain, fast = NETWORKS[network](**options), accelerate(NETWORKS[network](**options))
-    torch.testing.assert_close(train(fast), train(plain), rtol=1e-4, atol=1e-5)
-    norms, fused = COUNTS[network]
+    # Rounding grows with depth: where a batch has 16 pixels, gradients are large.
+    steps, loose = (1, dict(rtol=2e-2, atol=2e-2)) if network == "whole" else (4, dict(rtol=1e-4, atol=1e-5))
+    torch.testing.assert_close(train(fast, steps), train(plain, steps), **loose)
+    norms, fused, residuals = COUNTS[network]
     assert all(how.startswith("compiled") for how in ran(fast)) and len(ran(fast)) == norms
     assert sum("ReLU" in how for how in ran(fast)) == fused
-    assert sum("residual" in how for how in ran(fast)) == (3 if network == "blocks" else 0)
+    assert sum("residual" in how for how in ran(fast)) == residuals
     assert f"{norms} of {norms} batch-norms ran on the compiled kernel, {fused} with a ReLU" in str(
         sk.nn.acceleration_report(fast)
     )
-    x = torch.randn(4, 3, 12, 12)
+    x = torch.randn(4, 3, 64, 64) if network == "whole" else torch.randn(4, 3, 12, 12)
     with torch.no_grad():
-        torch.testing.assert_close(fast(x), plain(x), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(fast.eval()(x), plain.eval()(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(fast(x), plain(x), **loose)
+    torch.testing.assert_close(fast.eval()(x), plain.eval()(x), **loose)
     assert set(ran(fast)) == {"torch: evaluation"}
 
 
@@ -98,17 +111,18 @@ def test_training_stays_the_same(network, options):
 def test_restore_and_copies_are_plain(network):
     model = NETWORKS[network]()
     before = {n: (id(m), type(m)) for n, m in model.named_modules()}
-    text, keys, state = repr(model), list(model.state_dict()), set(vars(model[1]))
+    part = list(model.children())[1]
+    text, keys, state = repr(model), list(model.state_dict()), set(vars(part))
     accelerate(accelerate(model))
     assert repr(model) == text and list(model.state_dict()) == keys and len(ran(model)) == COUNTS[network][0]
     train(model, 1)
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.copy(model)):
-        assert type(again) is nn.Sequential
+        assert type(again) is before[""][1]
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert {n: type(m) for n, m in again.named_modules()} == {n: t for n, (_, t) in before.items()}
         assert not any("sparsekern" in key for m in again.modules() for key in vars(m)) and ran(again) == []
     sk.nn.restore(model)
-    assert {n: (id(m), type(m)) for n, m in model.named_modules()} == before and set(vars(model[1])) == state
+    assert {n: (id(m), type(m)) for n, m in model.named_modules()} == before and set(vars(part)) == state
 
 
 def watched(model, network, kind):
@@ -130,7 +144,7 @@ def watched(model, network, kind):
 
 
 @needs_kernels
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", ["sequence", "blocks"])
 @pytest.mark.parametrize("kind", ["norm", "relu", "replaced", "forward", "backward"])
 def test_hooks_see_what_they_saw(network, kind):
     plain, fast = NETWORKS[network](), accelerate(NETWORKS[network]())

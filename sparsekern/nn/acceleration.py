@@ -138,7 +138,7 @@ def accelerate(model: nn.Module, sparsifier_or_masks: Sparsifier | MaskSet, choo
     sparsifier stand for it.
 
     Each BatchNorm2d in training runs on a compiled kernel where its input is contiguous float32 on CPU and not small,
-    in one pass with the ReLU behind it in a Sequential and with residual and ReLU in a block of torchvision's ResNets.
+    in one pass with the ReLU behind it in a Sequential, and with residual and ReLU in torchvision's ResNets.
     It runs as before where hooks want to see what lies between them, inside torch.compile and in torch.func.
 
     The modules stay the same objects with the same parameters, names and state dict; copies and pickles are plain.

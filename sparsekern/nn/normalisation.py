@@ -142,15 +142,34 @@ class FusedBottleneck(Swapped):
         return norm_relu(self.bn3, self.relu, output, x if self.downsample is None else self.downsample(x))
 
 
+class FusedResNet(Swapped):
+    """Mixed into torchvision's ResNet, for the batch-norm of its stem."""
+
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return super()._forward_impl(x)
+        x = self.maxpool(norm_relu(self.bn1, self.relu, self.conv1(x)))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+_RESNET = {
+    "BasicBlock": ("forward", FusedBasicBlock), "Bottleneck": ("forward", FusedBottleneck),
+    "ResNet": ("_forward_impl", FusedResNet),
+}  # fmt: skip
+"""Classes of torchvision -> the method that is repeated here, and by what."""
+
+
 def _container(module: nn.Module) -> type[Swapped] | None:
     """What repeats the forward of this module with fused batch-norms."""
-    forward = type(module).forward
-    if forward is nn.Sequential.forward:
+    kind = type(module)
+    if kind.forward is nn.Sequential.forward:
         pairs = pairwise(module)
         return FusedSequential if any(_is_norm(a) and type(b) is nn.ReLU for a, b in pairs) else None
-    resnet = sys.modules.get("torchvision.models.resnet")
-    blocks = {"BasicBlock": FusedBasicBlock, "Bottleneck": FusedBottleneck} if resnet else {}
-    return next((mixin for name, mixin in blocks.items() if forward is getattr(resnet, name).forward), None)
+    for name, (method, mixin) in _RESNET.items() if (resnet := sys.modules.get("torchvision.models.resnet")) else ():
+        if getattr(kind, method, None) is getattr(getattr(resnet, name), method):
+            return mixin
+    return None
 
 
 def _is_norm(module: nn.Module) -> bool:
