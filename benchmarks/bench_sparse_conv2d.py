@@ -12,11 +12,13 @@ too. Losing rows stay in.
 Each result must equal the dense convolution with the masked weight to the rounding of a float32 sum, and the gradient
 of weight must be exactly zero off the mask.
 
-`efficiency` = speedup x density. Case `resnet50/all` (without `--quick`) is the sum over the 52 convolutions behind the
-stem, layers of equal shape measured once; its pass "both" is the sum of the three passes with the dense weight. Its IQR
-is the sum of theirs. `--quick`: eight layers and three sparsities; gradients of as many as its time allows. Without it,
-MobileNetV1's pointwise layers run too, in up to five minutes; `--minutes` stops it before, and with the same `--resume`
-FILE the next run goes on where this one stopped.
+`efficiency` = speedup x density. `floor`: the multiply-adds left, at the rate of a large dense product in this run, or,
+if that is more and the images exceed 8 MiB, one reading of all that the pass reads and writes. Case `resnet50/all`
+(without `--quick`) is the sum over the 52 convolutions behind the stem, layers of equal shape measured once; its pass
+"both" is the sum of the three passes with the dense weight. Its IQR is the sum of theirs. `--quick`: eight layers and
+three sparsities; gradients of as many as its time allows. Without it, MobileNetV1's pointwise layers run too, in up to
+five minutes; `--minutes` stops it before, and with the same `--resume` FILE the next run goes on where this one
+stopped.
 """
 
 import argparse
@@ -41,6 +43,8 @@ QUICK_SPARSITIES = (0.9, 0.95, 0.98)
 QUICK = ("layer1.0.conv2", "layer1.0.conv3", "layer2.0.downsample.0", "layer2.1.conv2", "layer3.1.conv1",
          "layer3.1.conv2", "layer4.1.conv1", "layer4.1.conv2")  # fmt: skip
 SMOKE = [Conv("resnet50/layer0.conv", 8, 16, 3, 2, 9)]
+CACHED_BYTES = 8 << 20
+"""Images up to here may stay in the caches from call to call."""
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -124,7 +128,9 @@ def candidate(layer: Layer, pass_: str, pattern: str, sparsity: float, layout: s
     return mask, contender(sparse(layer, structure), layer, pass_)
 
 
-def layer_rows(layer: Layer, pass_: str, role: str, compiled: bool, sparsities: Sequence[float]) -> Iterator[dict]:
+def layer_rows(
+    layer: Layer, pass_: str, role: str, compiled: bool, sparsities: Sequence[float], roof: roofline.Roof
+) -> Iterator[dict]:
     """All patterns and sparsities of one pass of one layer, in one interleaved run."""
     layouts = ("contiguous", "packed") if pass_ == "forward" else ("contiguous",)
     made = {key: candidate(layer, pass_, *key) for key in itertools.product(PATTERNS, sparsities, layouts)}
@@ -143,6 +149,7 @@ def layer_rows(layer: Layer, pass_: str, role: str, compiled: bool, sparsities: 
             timings[key], best, timings[best], bench="sparse_conv2d", case=layer.conv.name, role=role,
             backend=harness.backend_of(run), pass_=pass_, pattern=pattern, sparsity=sparsity, dtype="float32",
             layout=layout, batch=len(layer.input), density=int(mask.sum()) / mask.numel(),
+            floor_ms=floor_ms(layer_work(layer.conv, len(layer.input), sparsity, inputs_moved(mask, pass_)), roof),
         )  # fmt: skip
 
 
@@ -157,7 +164,7 @@ def total(rows: list[dict], counts: dict[str, int], pass_: str) -> dict:
     fields = {key: first[key] for key in ("bench", "role", "pattern", "sparsity", "dtype", "layout", "batch")}
     return harness.make_row(
         harness.Timing(sum_of("median_ms"), sum_of("iqr_ms")), "torch, best per layer",
-        harness.Timing(sum_of("baseline_ms"), 0.0), case="resnet50/all", pass_=pass_,
+        harness.Timing(sum_of("baseline_ms"), 0.0), case="resnet50/all", pass_=pass_, floor_ms=sum_of("floor_ms"),
         backend="native" if backends == {"native"} else "reference", density=1 - first["sparsity"], **fields,
     )  # fmt: skip
 
@@ -190,6 +197,7 @@ def collect(options: argparse.Namespace) -> Iterator[dict]:
         convs = [c for c in followers if distinct[c.shape_key] is c]
         counts = {c.name: sum(c.shape_key == other.shape_key for other in followers) for c in convs}
         convs = [*convs, *mobilenet_v1_pointwise()]
+    roof = roofline.measure_roof(1000, 32) if options.smoke else roofline.measure_roof()
     rows, progress = [], harness.Progress(options.resume, options.where)
     sparsities = QUICK_SPARSITIES if options.quick or options.smoke else SPARSITIES
     jobs = [(pass_, conv) for pass_ in passes for conv in convs]
@@ -201,7 +209,7 @@ def collect(options: argparse.Namespace) -> Iterator[dict]:
         role = "goal" if goal else "info"
 
         def measured(conv: Conv = conv, pass_: str = pass_, role: str = role) -> Iterator[dict]:
-            return layer_rows(Layer.make(conv, options.batch), pass_, role, options.compile, sparsities)
+            return layer_rows(Layer.make(conv, options.batch), pass_, role, options.compile, sparsities, roof)
 
         for row in progress.rows(f"{conv.name} {pass_}", measured):
             rows.append(row)
@@ -211,16 +219,32 @@ def collect(options: argparse.Namespace) -> Iterator[dict]:
             yield from totals(rows, counts, passes)
 
 
+def inputs_moved(mask: Tensor, pass_: str) -> float:
+    """The share of input channels that a pass must move: where all weights of one are pruned, nobody reads it."""
+    return 1.0 if pass_ == "input_grad" else float(mask.any(dim=0).flatten(1).any(dim=1).float().mean())
+
+
+def layer_work(conv: Conv, images: int, sparsity: float, inputs: float = 1.0) -> Work:
+    """Two operations per kept weight and output pixel; images are moved once, a share ``inputs`` of the channels that
+    go in, and of the weight what is computed with. Small images stay in the caches from call to call, so such layers
+    may lie above memory's roof."""
+    pixels = images * conv.output_size**2
+    kept = torch.Size(conv.weight_shape).numel() * (1 - sparsity)
+    return Work(2 * kept * pixels, 4 * (inputs * images * conv.inputs * conv.size**2 + conv.outputs * pixels + kept))
+
+
+def floor_ms(work: Work, roof: roofline.Roof) -> float:
+    """What arithmetic takes at the rate of a dense product or, if more, what large images take to move, all of it read:
+    the kinder assumption."""
+    moved = work.bytes / roof.reads if work.bytes > CACHED_BYTES else 0.0
+    return 1e3 * max(work.operations / roof.operations, moved)
+
+
 def work(row: dict) -> tuple[Work, Work]:
-    """Two operations per kept weight and output pixel; images are moved once, and of the weight what is computed with.
-    Small images stay in the caches from call to call, so such layers may lie above memory's roof."""
+    """Of a row, and of its dense baseline."""
     known = {c.name: c for c in (*SMOKE, *resnet50_convs(), *mobilenet_v1_pointwise())}
     conv, images = known[row["case"]], row["batch"]
-    weights, pixels = torch.Size(conv.weight_shape).numel(), images * conv.output_size**2
-    kept = weights * (1 - row["sparsity"])
-    moved = images * conv.inputs * conv.size**2 + conv.outputs * pixels
-    candidate, dense = (Work(2 * count * pixels, 4 * (moved + count)) for count in (kept, weights))
-    return candidate, dense
+    return layer_work(conv, images, row["sparsity"]), layer_work(conv, images, 0.0)
 
 
 def main(argv: list[str] | None = None) -> list[dict]:

@@ -60,7 +60,7 @@ def test_benchmarks_draw(bench, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(harness, "SAMPLE_MS", 0.0)
     monkeypatch.setattr(harness, "ROUNDS", 2)
-    monkeypatch.setattr(roofline, "measure_roof", lambda: Roof(1e10, 1e10, 1e11))
+    monkeypatch.setattr(roofline, "measure_roof", lambda *_: Roof(1e10, 1e10, 1e11))
     path = tmp_path / "roof.png"
     bench.main(["--smoke", "--threads", "1", "--plot", str(path)])
     assert path.stat().st_size > 10_000 and f"drawn in {path}" in capsys.readouterr().out
