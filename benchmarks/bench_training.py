@@ -7,11 +7,13 @@ of the same sparsity in each of the 52 convolutions behind the stem, chosen by `
 own choice per layer, and `sk.MaskedSGD`. Baseline: the faster of the contiguous and the channels_last model with
 torch.optim.SGD, fused, which is what a dense phase costs without this package.
 
-Loss and gradients of an accelerated step must equal those of the same masked model on torch's own convolutions.
+Loss and gradients of an accelerated step must equal those of the same masked model on torch's own operators.
 
-Case `resnet50/step` is the step. The others say where its time goes, from one profiled step: `resnet50/step/PART`, with
-PART convolution, batch-norm, optimizer or rest. `resnet50/mask update` is what a change of all masks costs: the new
-masks, and the structures at the next step; plans are made in that step too. Its baseline is the dense step.
+Case `resnet50/step` is the step. `resnet50/dense step, our norms` is the contiguous baseline with the batch-norms of an
+accelerated model: what is gained without any sparsity. The others say where its time goes, from one profiled step:
+`resnet50/step/PART`, with PART convolution, batch-norm (with the residual and the ReLU behind it where they are fused),
+optimizer or rest. `resnet50/mask update` is what a change of all masks costs: the new masks, and the structures at the
+next step; plans are made in that step too. Its baseline is the dense step.
 
 `--quick`: batch 4 unless given, pattern 4x1.
 """
@@ -94,17 +96,29 @@ class Sparse:
         for name in self.masks:
             structure_of(self.masks.bool(name), 1)
 
-    def check(self) -> None:
-        """AssertionError unless an accelerated step computes what torch does; rounding grows through the layers."""
-        plain = copy.deepcopy(self.model)
-        torch.testing.assert_close(backward(self.model, *self.data), backward(plain, *self.data), rtol=1e-3, atol=1e-4)
-        kept = {name: self.masks.bool(name) for name in self.masks}
-        for (name, found), want in zip(self.model.named_parameters(), plain.parameters(), strict=True):
-            got, expected = found.grad, want.grad
-            if name in kept:  # a layer that runs dense has gradients off the mask too, which the optimizer leaves out
-                got, expected = (torch.where(kept[name], g, 0) for g in (got, expected))
-            error = float((got - expected).norm() / expected.norm().clamp_min(1e-12))
-            assert error < 0.05, f"the gradient of {name} is off by {error:.1%}"
+
+class Dense:
+    """A dense model with the batch-norms of an accelerated one, and its step."""
+
+    def __init__(self, smoke: bool, data: tuple[Tensor, Tensor]):
+        self.data, self.model = data, network(smoke).train()
+        self.masks = sk.MaskSet(prunable(self.model))  # they keep every weight
+        sk.nn.accelerate(self.model, self.masks)
+        optimizer = torch.optim.SGD(self.model.parameters(), **HYPER, fused=True)
+        self.step = contender(self.model, optimizer, *data)
+
+
+def check(model: nn.Module, data: tuple[Tensor, Tensor], masks: sk.MaskSet) -> None:
+    """AssertionError unless an accelerated step computes what torch does; rounding grows through the layers."""
+    plain = copy.deepcopy(model)
+    torch.testing.assert_close(backward(model, *data), backward(plain, *data), rtol=1e-3, atol=1e-4)
+    kept = {name: masks.bool(name) for name in masks}
+    for (name, found), want in zip(model.named_parameters(), plain.parameters(), strict=True):
+        got, expected = found.grad, want.grad
+        if name in kept:  # a layer that runs dense has gradients off the mask too, which the optimizer leaves out
+            got, expected = (torch.where(kept[name], g, 0) for g in (got, expected))
+        error = float((got - expected).norm() / expected.norm().clamp_min(1e-12))
+        assert error < 0.05, f"the gradient of {name} is off by {error:.1%}"
 
 
 def parts(step: Callable[[], None]) -> dict[str, float]:
@@ -128,13 +142,15 @@ def rows(pattern: str, options: argparse.Namespace) -> Iterator[dict]:
         optimizer = torch.optim.SGD(model.parameters(), **HYPER, fused=True)
         baselines[f"dense {layout}"] = contender(model, optimizer, images.to(memory_format=form), labels)
     sparse = {s: Sparse(options.smoke, s, pattern, (images, labels)) for s in SPARSITIES}
+    normed = Dense(options.smoke, (images, labels))
 
     def check_all() -> None:
-        for candidate in sparse.values():
-            candidate.check()
+        for candidate in (*sparse.values(), normed):
+            check(candidate.model, candidate.data, candidate.masks)
 
     contenders: dict = {("step", s): c.step for s, c in sparse.items()}
     contenders |= {("mask update", s): c.update for s, c in sparse.items()}
+    contenders["norms"] = normed.step
     timings = harness.measure(f"resnet50/step {pattern}", check_all, {**contenders, **baselines})
     best = harness.fastest(timings, list(baselines))
     common = dict(
@@ -153,9 +169,13 @@ def rows(pattern: str, options: argparse.Namespace) -> Iterator[dict]:
             case = f"resnet50/step/{part}"
             yield harness.make_row(harness.Timing(ms, 0.0), case=case, sparsity=sparsity, role="info", **common)
         print(f"  {sk.nn.acceleration_report(candidate.model).sparse} of {len(candidate.masks)} layers ran sparse")
+    dense = {**common, "pattern": None}
+    yield harness.make_row(
+        timings["norms"], best, timings[best], case="resnet50/dense step, our norms", role="info", **dense
+    )  # fmt: skip
+    dense |= {"backend": "native", "layout": best.removeprefix("dense ")}
     for part, ms in parts(baselines[best]).items():
         case = f"resnet50/dense step/{part}"
-        dense = {**common, "backend": "native", "pattern": None, "layout": best.removeprefix("dense ")}
         yield harness.make_row(harness.Timing(ms, 0.0), case=case, role="info", **dense)
 
 

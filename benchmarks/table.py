@@ -26,6 +26,7 @@ TITLES = {
     "topk_mask": "Exact top-k masks of ResNet-50's 25.5M prunable weights (x floor: reading them once)",
     "sparse_conv2d": "Convolutions of ResNet-50 and pointwise ones of MobileNetV1, float32, against torch's best dense "
     "ones: median speedup (range), and that of ResNet-50's behind the first together",
+    "batch_norm": "Batch-norms of ResNet-50 in training, with the residual and the ReLU that follow them",
     "training": "One training step of ResNet-50 in a sparse phase, through `sk.nn.accelerate`, and where its time goes",
 }
 
@@ -60,7 +61,8 @@ def _lines(rows: list[dict[str, str]]) -> list[str]:
         if row["baseline"]:
             against = row["baseline"], f"{float(row['baseline_ms']):.1f}", f"{float(row['speedup']):.2f}x"
         cells = (
-            row["case"], row["pattern"] + ", packed" * (row["layout"] == "packed"), row["sparsity"],
+            row["case"] + f", {row['pass']}" * (row["pass"] != "step"),
+            row["pattern"] + ", packed" * (row["layout"] == "packed"), row["sparsity"],
             f"{float(row['median_ms']):.1f}{_noise(row)}",
             floors, *against,
         )  # fmt: skip

@@ -36,6 +36,9 @@ LOOK_THROUGH = {"sparse_conv2d", "sparse_linear"}
 selection need tables made on the host, and the gradients store where an index says, from which torch concludes that
 they write to the indices."""
 
+PLAIN_ON_GPU = {"batch_norm", "batch_norm_backward", "masked_combine_", "topk_bounds"}
+"""Operators whose references do on a GPU: a few of torch's own passes, or (batch_norm) nothing calls them there."""
+
 
 def chosen(name: str, key: str) -> str:
     """What runs operator ``name`` on tensors of dispatch key ``key`` ("CPU", "CUDA"): "compiled", "cuda", "triton" or
@@ -71,10 +74,15 @@ def install() -> None:
         for key in ("CPU", "CUDA"):
             if chosen(name, key) == "triton":
                 _register(name, key)
-    slow = [name for name in _library.OPS if chosen(name, "CUDA") == "reference"]
+    slow = without_gpu_kernels()
     if slow and setting != "reference" and not _library.interpreted() and torch.cuda.is_available():
         text = f"GPU tensors take the slow PyTorch references in {', '.join(slow)}: {why_no_gpu_kernels()}"
         warnings.warn(text, RuntimeWarning, stacklevel=3)
+
+
+def without_gpu_kernels() -> list[str]:
+    """The operators that are slow on a GPU."""
+    return sorted(name for name in _library.OPS if name not in PLAIN_ON_GPU and chosen(name, "CUDA") == "reference")
 
 
 def why_no_gpu_kernels() -> str:

@@ -82,7 +82,7 @@ def degradations() -> list[str]:
     cap = os.environ.get("SPARSEKERN_CPU_ISA")
     if cap in ("scalar", "avx2") and not sk.degradation:
         found.append(f"SPARSEKERN_CPU_ISA={cap} caps the instruction set: unset it for the fastest one")
-    slow = [name for name in sorted(_library.OPS) if backends.chosen(name, "CUDA") == "reference"]
+    slow = backends.without_gpu_kernels()
     if torch.cuda.is_available() and slow:
         why = backends.why_no_gpu_kernels()
         found.append(f"a GPU is visible, but there is no kernel for {', '.join(slow)}: {why}")

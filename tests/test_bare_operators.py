@@ -155,3 +155,36 @@ IMAGE, KERNEL, GEOMETRY = torch.ones(1, 2, 4, 4), torch.ones(4, 2, 2, 2), ([1, 1
 def test_sparse_layers(call, name, arguments, message):
     with pytest.raises((ValueError, RuntimeError), match=message):
         call(name, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"input": torch.ones(4)}, "input"),
+        ({"weight": torch.ones(3)}, "weight"),
+        ({"bias": torch.ones(3)}, "bias"),
+        ({"residual": IMAGE[:, :1]}, "residual"),
+    ],
+)
+def test_batch_norm(call, changes, message):
+    operands = {"input": IMAGE, "weight": None, "bias": None, "residual": None, **changes}
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        call("batch_norm", *operands.values(), True, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"grad": IMAGE[:, :1]}, "grad"),
+        ({"weight": torch.ones(3)}, "weight"),
+        ({"output": IMAGE[:, :, :2]}, "output"),
+        ({"mean": torch.ones(3)}, "mean"),
+        ({"variance": torch.ones(1)}, "variance"),
+        ({"needs": [True]}, "needs has 1"),
+    ],
+)
+def test_batch_norm_backward(call, changes, message):
+    operands = {"grad": IMAGE, "input": IMAGE, "weight": None, "output": None, "mean": torch.ones(2)}
+    rest = {"variance": torch.ones(2), "eps": 1e-5, "needs": [True] * 4}
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        call("batch_norm_backward", *{**operands, **rest, **changes}.values())

@@ -10,6 +10,7 @@ import torch
 
 import sparsekern as sk
 from benchmarks import (
+    bench_batch_norm,
     bench_masked_adamw,
     bench_masked_sgd,
     bench_sparse_conv2d,
@@ -59,6 +60,29 @@ def test_smoke_rows_have_the_schema(bench, tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == len(stored["rows"]) + 3
 
 
+def test_batch_norm_rows_and_their_sums(monkeypatch):
+    rows = bench_batch_norm.main(["--smoke", "--threads", "1", "--batch", "2"])
+    assert [(row["case"], row["pass"]) for row in rows] == [
+        *((norm.name, pass_) for norm in bench_batch_norm.SMOKE for pass_ in bench_batch_norm.PASSES),
+        ("resnet50/all", "forward"), ("resnet50/all", "both"),
+    ]  # fmt: skip
+    assert all(row["bench"] == "batch_norm" and row["floor_ms"] > 0 and row["speedup"] > 0 for row in rows)
+    for key in ("median_ms", "baseline_ms", "floor_ms"):
+        assert rows[-1][key] == pytest.approx(sum(row[key] for row in rows[1:-2:2]))
+    monkeypatch.setattr(sk.ops, "batch_norm", lambda *args, **kwargs: (right_norm(*args, **kwargs)[0] * 1.01,))
+    with pytest.raises(harness.WrongResult, match="resnet50/layer0.bn forward"):
+        bench_batch_norm.main(["--smoke", "--threads", "1"])
+
+
+def test_batch_norms_of_the_network():
+    norms = [bench_batch_norm.norm_of(conv) for conv in networks.resnet50_convs()]
+    assert (len(norms), len({norm.key for norm in norms})) == (53, 16)
+    assert sum(16 * norm.channels * norm.size**2 for norm in norms) == 16 * 11_113_984
+    assert {norm.name for norm in norms} >= {"resnet50/bn1+relu", "resnet50/layer4.0.downsample.1",
+                                             "resnet50/layer3.5.bn3+add+relu"}  # fmt: skip
+    assert norms[3].name == "resnet50/layer1.0.bn3+add+relu" and norms[3].tensors("both") == 8
+
+
 def test_training_rows_say_where_a_step_spends_its_time(tmp_path):
     rows = bench_training.main(["--smoke", "--threads", "1"])
     assert all(row["bench"] == "training" and row["batch"] == 2 for row in rows)
@@ -69,6 +93,8 @@ def test_training_rows_say_where_a_step_spends_its_time(tmp_path):
                 "step", "mask update", "step/convolution", "step/batch-norm", "step/optimizer", "step/rest"
             ]  # fmt: skip
             assert all(r["speedup"] > 0 for r in chosen[:2]) and all(r["median_ms"] > 0 for r in chosen)
+    others = [r["case"].removeprefix("resnet50/dense step") for r in rows if "pattern" not in r]
+    assert others == [", our norms", "/convolution", "/batch-norm", "/optimizer", "/rest"] * 3
 
 
 def test_training_refuses_wrong_gradients(monkeypatch):
@@ -82,6 +108,7 @@ def test_training_refuses_wrong_gradients(monkeypatch):
 
 # Taken before a test replaces them.
 right_step, right_topk, right_conv = sk.MaskedSGD.step, sk.ops.topk_mask, sk.ops.sparse_conv2d
+right_norm = sk.ops.batch_norm
 
 
 def wrong_step(optimizer):

@@ -155,7 +155,7 @@ def test_a_measurement_replaces_what_was_predicted_during_capture(monkeypatch, h
     )
     sk.nn.accelerate(model, masks)
     x = torch.randn(2, 8).as_subclass(OnGpu)
-    decide = lambda: getattr(model[0], acceleration._LAYER).structure_for(model[0], x)  # noqa: E731
+    decide = lambda: getattr(model[0], acceleration.STATE).structure_for(model[0], x)  # noqa: E731
     assert decide() is not None and "dense (predicted)" in str(sk.nn.acceleration_report(model))
     capturing[0] = False
     assert decide() is None and decide() is None

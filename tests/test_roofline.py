@@ -5,6 +5,7 @@ import torch
 
 import sparsekern as sk
 from benchmarks import (
+    bench_batch_norm,
     bench_masked_adamw,
     bench_masked_sgd,
     bench_sparse_conv2d,
@@ -52,7 +53,9 @@ def test_roof_is_measured():
     assert 0 < roof.moves < 1e13 and 0 < roof.reads < 1e13 and 0 < roof.operations < 1e14
 
 
-@pytest.mark.parametrize("bench", [bench_masked_sgd, bench_masked_adamw, bench_topk_mask, bench_sparse_conv2d])
+@pytest.mark.parametrize(
+    "bench", [bench_masked_sgd, bench_masked_adamw, bench_topk_mask, bench_sparse_conv2d, bench_batch_norm]
+)
 def test_benchmarks_draw(bench, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(harness, "SAMPLE_MS", 0.0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
@@ -14,7 +13,9 @@ from sparsekern.masks import MaskSet
 from sparsekern.methods.attached import sparsifier_of
 from sparsekern.methods.base import Sparsifier
 from sparsekern.nn.layers import groups_of, run_sparse, structure_of, supported, why_dense
+from sparsekern.nn.normalisation import FastBatchNorm, accelerate_norms
 from sparsekern.nn.roofline import predicted_speeds
+from sparsekern.nn.swapping import STATE, Swapped, restore, states, swap
 from sparsekern.nn.timing import Speeds, measured_speeds
 from sparsekern.ops import SparseStructure, fallbacks
 
@@ -22,7 +23,6 @@ Choice = Callable[[nn.Module, SparseStructure, Tensor], bool | Speeds]
 """(layer, structure of its mask, input) -> whether the sparse operator shall run it. Called once per layer, size of
 input and mask, so it may take as long as a few runs of the layer."""
 
-_LAYER = "_sparsekern_layer"
 # A decision outlives a new mask as long as the number of kept weights moves by less than this share.
 _SAME_SIZE = 0.1
 
@@ -35,7 +35,6 @@ class _Layer:
     masks: MaskSet
     mask_name: str
     choose: Choice
-    plain: type[nn.Module]
     sparsifier: Sparsifier | None
     version: int | None = None
     structure: SparseStructure | None = None
@@ -114,28 +113,17 @@ def measured_or_predicted(module: nn.Module, structure: SparseStructure, input: 
     return (predicted_speeds if capturing else measured_speeds)(module, structure, input)
 
 
-class _Accelerated:
-    """Mixed into the class of a layer. Its copies and pickles are plain layers, so files need no sparsekern."""
+class _Accelerated(Swapped):
+    """Mixed into the class of a layer."""
 
     def forward(self, input: Tensor) -> Tensor:
         # torch.compile sees the dense operator: a choice by measurement and a new mask would each recompile.
         # A meta input asks for shapes, and has nothing to measure.
-        dense = torch.compiler.is_compiling() or input.is_meta
-        structure = None if dense else getattr(self, _LAYER).structure_for(self, input)
+        dense = torch.compiler.is_compiling() or input.is_meta or STATE not in vars(self)
+        structure = None if dense else getattr(self, STATE).structure_for(self, input)
         if structure is None:
             return super().forward(input)
         return run_sparse(self, structure, input, self.weight, self.bias)
-
-    def __reduce_ex__(self, protocol: int):
-        state = {key: value for key, value in self.__dict__.items() if key != _LAYER}
-        # Not copyreg.__newobj__, which pickle accepts for the object's own class only.
-        return object.__new__, (getattr(self, _LAYER).plain,), state
-
-
-@cache
-def _accelerated(plain: type[nn.Module]) -> type[nn.Module]:
-    # The same name, because repr(model) shows it.
-    return type(plain.__name__, (_Accelerated, plain), {"__module__": __name__, "__doc__": plain.__doc__})
 
 
 def accelerate(model: nn.Module, sparsifier_or_masks: Sparsifier | MaskSet, choose: Choice | None = None) -> nn.Module:
@@ -148,6 +136,10 @@ def accelerate(model: nn.Module, sparsifier_or_masks: Sparsifier | MaskSet, choo
     its `finalize`. Pruned weights count as zero, which they are under MaskedSGD and every sparsifier, and their
     gradient is zero instead of unused. No second derivatives while a layer runs sparse. The `masks` of an attached
     sparsifier stand for it.
+
+    Each BatchNorm2d in training runs on a compiled kernel where its input is contiguous float32 on CPU and not small,
+    in one pass with the ReLU behind it in a Sequential, and with residual and ReLU in torchvision's ResNets.
+    It runs as before where hooks want to see what lies between them, inside torch.compile and in torch.func.
 
     The modules stay the same objects with the same parameters, names and state dict; copies and pickles are plain.
     Layers outside the masks are left alone. `restore` undoes it; a second call replaces the first. Returns `model`.
@@ -174,27 +166,18 @@ def accelerate(model: nn.Module, sparsifier_or_masks: Sparsifier | MaskSet, choo
         sparsifier = next((owner for owner in owners if owner is not None and owner.masks is masks), None)
     restore(model)
     for name, module, mask_name in chosen:
-        layer = _Layer(name, masks, mask_name, choose or measured_or_predicted, type(module), sparsifier)
-        module.__class__ = _accelerated(type(module))
-        setattr(module, _LAYER, layer)
-    return model
-
-
-def restore(model: nn.Module) -> nn.Module:
-    """Undo `accelerate`; does nothing to a model that is not accelerated. Returns `model`."""
-    for module in model.modules():
-        if isinstance(module, _Accelerated):
-            module.__class__ = getattr(module, _LAYER).plain
-            delattr(module, _LAYER)
+        swap(module, _Accelerated, _Layer(name, masks, mask_name, choose or measured_or_predicted, sparsifier))
+    accelerate_norms(model)
     return model
 
 
 @dataclass(frozen=True)
 class AccelerationReport:
     """What each accelerated layer did in its last forward pass: (name, "sparse 4x1" or "dense: why"), with the speeds
-    that decided it if they were measured."""
+    that decided it if they were measured; and each batch-norm: (name, "compiled + residual + ReLU" or "torch: why")."""
 
     layers: tuple[tuple[str, str], ...]
+    norms: tuple[tuple[str, str], ...] = ()
 
     @property
     def sparse(self) -> int:
@@ -208,10 +191,16 @@ class AccelerationReport:
 
     def __str__(self) -> str:
         lines = [f"{name or '(model)':40} {how}" for name, how in self.layers]
-        return "\n".join([*lines, f"{self.sparse} of {len(self.layers)} layers ran on the sparse kernels"])
+        lines.append(f"{self.sparse} of {len(self.layers)} layers ran on the sparse kernels")
+        compiled, fused = (sum(word in how for _, how in self.norms) for word in ("compiled", "ReLU"))
+        if self.norms:
+            lines.append(f"{compiled} of {len(self.norms)} batch-norms ran on the compiled kernel, {fused} with a ReLU")
+        return "\n".join(lines)
 
 
 def acceleration_report(model: nn.Module) -> AccelerationReport:
     """How the layers of an accelerated model ran last; empty for one that is not accelerated."""
-    layers = [getattr(m, _LAYER) for m in model.modules() if isinstance(m, _Accelerated)]
-    return AccelerationReport(tuple((layer.name, layer.how()) for layer in layers))
+    layers, norms = (states(model, mixin) for mixin in (_Accelerated, FastBatchNorm))
+    return AccelerationReport(
+        tuple((layer.name, layer.how()) for layer in layers), tuple((norm.name, norm.last) for norm in norms)
+    )

@@ -1,6 +1,7 @@
 """The operators. Each module is the specification of one; each function carries its `.reference`."""
 
 from sparsekern.ops import sparse_cuda as _sparse_cuda  # noqa: F401, serves operators on CUDA
+from sparsekern.ops.batch_norm import batch_norm
 from sparsekern.ops.masked_adamw import masked_adamw_
 from sparsekern.ops.masked_combine import masked_combine_
 from sparsekern.ops.masked_sgd import masked_sgd_
@@ -12,6 +13,6 @@ from sparsekern.ops.topk_bounds import topk_bounds
 from sparsekern.ops.topk_mask import topk_mask
 
 __all__ = [
-    "SparseStructure", "masked_adamw_", "masked_combine_", "masked_sgd_", "pack_mask", "sparse_conv2d",
+    "SparseStructure", "batch_norm", "masked_adamw_", "masked_combine_", "masked_sgd_", "pack_mask", "sparse_conv2d",
     "sparse_linear", "sparse_structure", "topk_bounds", "topk_mask", "unpack_mask",
 ]  # fmt: skip

@@ -1,5 +1,6 @@
 // Included last by each build_<isa>.cpp: instantiates every kernel over that file's Vec types.
 // Everything but the table is local to the object file, so no code compiled for one instruction set can win the link.
+#include "batch_norm.h"
 #include "kernels.h"
 #include "masked_adamw.h"
 #include "masked_combine.h"

@@ -126,6 +126,41 @@ struct SparseLimits {
   int64_t lanes, tall, flat;
 };
 
+// (images, channels, pixels), contiguous; what belongs to no channel is one pixel after another.
+struct BatchNormShape {
+  int64_t images, channels, pixels;
+};
+
+// One batch_norm. `weight`, `bias` and `residual` may be null.
+struct BatchNorm {
+  BatchNormShape shape;
+  const float* input;
+  const float* weight;
+  const float* bias;
+  const float* residual;
+  float* output;
+  float* mean;
+  float* variance;
+  double eps;
+  bool relu;
+};
+
+// Its gradients, each null where nobody asks for it. `output` is that of a ReLU, null without one.
+struct BatchNormGradient {
+  BatchNormShape shape;
+  const float* grad;
+  const float* input;
+  const float* weight;
+  const float* output;
+  const float* mean;
+  const float* variance;
+  float* grad_input;
+  float* grad_weight;
+  float* grad_bias;
+  float* grad_residual;
+  double eps;
+};
+
 // What a range holds: groups above the bounds asked for, groups within them, NaN.
 struct TopkFound {
   int64_t above, within;

@@ -42,6 +42,10 @@ struct F32x8 {
   }
   F32x8 keep(uint32_t bits) const { return {_mm256_and_ps(v, lanes(bits))}; }
   F32x8 or_else(uint32_t bits, F32x8 other) const { return {_mm256_blendv_ps(other.v, v, lanes(bits))}; }
+  // Lanes where `other` is above 0 or NaN; the rest become +0.
+  F32x8 unless_at_most_zero(F32x8 other) const {
+    return {_mm256_and_ps(v, _mm256_cmp_ps(other.v, _mm256_setzero_ps(), _CMP_NLE_UQ))};
+  }
   F32x8 root() const { return {_mm256_sqrt_ps(v)}; }
   F32x8 negate() const { return {_mm256_xor_ps(v, _mm256_set1_ps(-0.0f))}; }
   static F32x8 splat(float x) { return {_mm256_set1_ps(x)}; }

@@ -42,6 +42,10 @@ struct F32x16 {
   F32x16 or_else(uint32_t bits, F32x16 other) const {
     return {_mm512_mask_mov_ps(other.v, static_cast<__mmask16>(bits), v)};
   }
+  // Lanes where `other` is above 0 or NaN; the rest become +0.
+  F32x16 unless_at_most_zero(F32x16 other) const {
+    return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(other.v, _mm512_setzero_ps(), _CMP_NLE_UQ), v)};
+  }
   F32x16 root() const { return {_mm512_maskz_sqrt_ps(0xffff, v)}; }
   F32x16 negate() const { return {_mm512_xor_ps(v, _mm512_set1_ps(-0.0f))}; }
   static F32x16 splat(float x) { return {_mm512_set1_ps(x)}; }

@@ -95,6 +95,8 @@ struct Lane {
   Lane keep(uint32_t bits) const { return {bits & 1u ? value : T(0)}; }
   // Lanes whose bit is 0 are those of `other`.
   Lane or_else(uint32_t bits, Lane other) const { return bits & 1u ? *this : other; }
+  // Lanes where `other` is above 0 or NaN; the rest become +0.
+  Lane unless_at_most_zero(Lane other) const { return {other.value <= T(0) ? T(0) : value}; }
   Lane root() const { return {square_root(value)}; }
   Lane negate() const { return {-value}; }
   static Lane splat(T x) { return {x}; }
