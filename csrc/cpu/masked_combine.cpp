@@ -38,9 +38,12 @@ void masked_combine_cpu(std::vector<Tensor> outputs, std::vector<Tensor> first, 
     STD_TORCH_CHECK(outputs[i].is_cpu() && is_dense(outputs[i]), kOp, ": outputs[", i, "] must fill its memory");
     check_operand(outputs, "first", first, i);
     if (reads_second) check_operand(outputs, "second", second, i);
-    tensors[i] = {outputs[i].mutable_data_ptr(), first[i].const_data_ptr(),
-                  reads_second ? second[i].const_data_ptr() : nullptr, step_mask(kOp, outputs[i], masks[i], i),
-                  dtype_of(kOp, outputs[i]), false};
+    tensors[i] = {outputs[i].mutable_data_ptr(),
+                  first[i].const_data_ptr(),
+                  reads_second ? second[i].const_data_ptr() : nullptr,
+                  step_mask(kOp, outputs[i], masks[i], i),
+                  dtype_of(kOp, outputs[i]),
+                  false};
     tensors[i].stream = streams(tensors[i], outputs[i].numel());
   }
   const CombineOptions options{

@@ -137,8 +137,6 @@ struct TopkFound {
 struct TopkRatio {
   int64_t n, m;
 };
-// Keys that topk_n_of_m may write behind its tile.
-constexpr int64_t kTopkSlack = 16;
 
 struct Kernels {
 #define KERNEL(name, ...) void (*name)(__VA_ARGS__);
