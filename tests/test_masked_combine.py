@@ -44,6 +44,16 @@ def test_backends_agree_with_python_bit_for_bit(backend, dtype, factors, scale):
             assert out[i] == want.to(dtype), i
 
 
+def test_large_outputs_with_memory_of_their_own(backend):
+    # Written past the caches from 2^18 float32 on, where they lie on a border of 64 bytes.
+    outputs, first, second, masks = problem(torch.float32, [7, (1 << 18) + 21, (1 << 18) + 3])
+    outputs[2] = torch.full((outputs[2].numel() + 1,), math.nan)[1:]
+    want = [torch.empty_like(t) for t in first]
+    sk.ops.masked_combine_.reference(want, first, second, masks, live=(1, 0.5), pruned=(0, 1))
+    run(backend, outputs, first, second, masks, live=(1, 0.5), pruned=(0, 1))
+    torch.testing.assert_close(outputs, want, rtol=0, atol=0)
+
+
 def test_what_is_left_out_reaches_nothing(backend):
     bad = torch.tensor([math.nan, math.inf, 1.0, math.nan])
     mask = sk.ops.pack_mask(torch.tensor([False, False, True, False]))

@@ -18,6 +18,13 @@ void check_operand(const std::vector<Tensor>& outputs, const char* name, const s
                   "] must have the layout of outputs[", i, "]");
 }
 
+// Whether the output is better written past the caches: it is too large to be found there, and nothing of it was read.
+bool streams(const CombineTensor& t, int64_t elements) {
+  constexpr int64_t kLarge = int64_t{1} << 18;
+  return t.dtype == Dtype::kFloat32 && elements >= kLarge && t.output != t.first && t.output != t.second &&
+         reinterpret_cast<uintptr_t>(t.output) % 64 == 0;
+}
+
 void masked_combine_cpu(std::vector<Tensor> outputs, std::vector<Tensor> first, std::vector<Tensor> second,
                         std::vector<std::optional<Tensor>> masks, std::vector<double> live, std::vector<double> pruned,
                         std::optional<Tensor> scale) {
@@ -31,9 +38,13 @@ void masked_combine_cpu(std::vector<Tensor> outputs, std::vector<Tensor> first, 
     STD_TORCH_CHECK(outputs[i].is_cpu() && is_dense(outputs[i]), kOp, ": outputs[", i, "] must fill its memory");
     check_operand(outputs, "first", first, i);
     if (reads_second) check_operand(outputs, "second", second, i);
-    tensors[i] = {outputs[i].mutable_data_ptr(), first[i].const_data_ptr(),
-                  reads_second ? second[i].const_data_ptr() : nullptr, step_mask(kOp, outputs[i], masks[i], i),
-                  dtype_of(kOp, outputs[i])};
+    tensors[i] = {outputs[i].mutable_data_ptr(),
+                  first[i].const_data_ptr(),
+                  reads_second ? second[i].const_data_ptr() : nullptr,
+                  step_mask(kOp, outputs[i], masks[i], i),
+                  dtype_of(kOp, outputs[i]),
+                  false};
+    tensors[i].stream = streams(tensors[i], outputs[i].numel());
   }
   const CombineOptions options{
       {live[0], live[1]}, {pruned[0], pruned[1]}, scale ? step_scalar(kOp, *scale) : 1, scale.has_value()};

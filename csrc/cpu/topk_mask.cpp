@@ -116,7 +116,7 @@ int64_t select_ratio(const Scores& all, TopkRatio ratio) {
     // Eight slices end at a byte.
     const int64_t grain = std::max(int64_t{8}, kTopkGrain / slice / 8 * 8);
     torch::stable::parallel_for(0, (outer + grain - 1) / grain, 1, [&](int64_t from, int64_t to) {
-      std::vector<uint64_t> tile(64 * capped.m + kTopkSlack);
+      std::vector<uint64_t> tile(64 * capped.m);
       bool found = false;
       kernels().topk_n_of_m(t, capped, from * grain, std::min(to * grain, outer), tile.data(), &found);
       if (found) nan = true;

@@ -173,8 +173,9 @@ class SoftMovement(_Movement):
     def _score_penalty(self, name: str) -> Tensor:
         score = self._scores(name)
         gate = torch.sigmoid(score, out=self.memory.workspace(score))
-        rest = torch.sub(_ONE.to(score.device), gate, out=self.memory.workspace(score, 1))
-        return rest.mul_(gate).mul_(self.ramp(self.position, self.penalty) / gate.numel() / len(self.masks))
+        slope = self.memory.workspace(score, 1)
+        torch.ops.aten.sigmoid_backward.grad_input(_ONE.to(score.device), gate, grad_input=slope)  # (1 - gate) * gate
+        return slope.mul_(self.ramp(self.position, self.penalty) / gate.numel() / len(self.masks))
 
     @torch.no_grad()
     def _update(self) -> None:

@@ -47,13 +47,15 @@ struct AdamwOptions {
   bool decays, maximize, scaled;
 };
 
-// One entry of masked_combine_. `mask` is null for all ones, `second` where nothing is read from it.
+// One entry of masked_combine_. `mask` is null for all ones, `second` where nothing is read from it. `stream`: write
+// past the caches, for float32 on a border of 64 bytes.
 struct CombineTensor {
   void* output;
   const void* first;
   const void* second;
   const uint8_t* mask;
   Dtype dtype;
+  bool stream;
 };
 
 // Coefficients of first and second, and what multiplies the terms of second.
@@ -170,8 +172,6 @@ struct TopkFound {
 struct TopkRatio {
   int64_t n, m;
 };
-// Keys that topk_n_of_m may write behind its tile.
-constexpr int64_t kTopkSlack = 16;
 
 struct Kernels {
 #define KERNEL(name, ...) void (*name)(__VA_ARGS__);

@@ -25,6 +25,14 @@ inline uint32_t get_bits(const uint8_t* from, int64_t at, int n) {
 
 // Sets the low `n` bits of `bits` from any bit on; touches no byte that gets none of them.
 inline void or_bits(uint8_t* to, int64_t at, uint64_t bits, int64_t n) {
+  if (n >= 64) {
+    uint64_t word;
+    __builtin_memcpy(&word, to + (at >> 3), 8);
+    word |= bits << (at & 7);
+    __builtin_memcpy(to + (at >> 3), &word, 8);
+    if (at & 7) to[(at >> 3) + 8] |= static_cast<uint8_t>(bits >> (64 - (at & 7)));
+    return;
+  }
   for (; n > 0; n -= 8, at += 8, bits >>= 8) {
     const uint32_t two = static_cast<uint32_t>(bits & 0xff) << (at & 7);
     to[at >> 3] |= static_cast<uint8_t>(two);

@@ -11,6 +11,27 @@ using sparsekern::TopkTensor;
 // Groups whose keys are worked on at a time, in the first-level cache; a multiple of 64.
 constexpr int64_t kKeyBuffer = 1024;
 
+// Asks for the scores that a scan comes to kBytes later. It does so much with each that the processor alone looks too
+// few ahead: measured (Sapphire Rapids, one thread, 102 MB) 10.8 ms without and 5.0 ms with it, where a read takes 3.6.
+class Ahead {
+ public:
+  Ahead(const TopkTensor& t, int64_t begin) {
+    const int64_t size = t.dtype == Dtype::kFloat64 ? 8 : t.dtype == Dtype::kFloat32 ? 4 : 2;
+    word_ = 64 * size * (t.block ? 4 : 1);
+    line_ = static_cast<const char*>(t.score) + begin / 64 * word_ + kBytes;
+  }
+  // For 64 groups. Those of blocks lie in this order but for ragged channels, and reading ahead is never wrong.
+  void next() {
+    for (int64_t i = 0; i < word_; i += 64) __builtin_prefetch(line_ + i);
+    line_ += word_;
+  }
+
+ private:
+  static constexpr int64_t kBytes = 8192;
+  const char* line_;
+  int64_t word_;
+};
+
 template <class Key>
 struct ValueOf {
   using type = float;
