@@ -61,8 +61,14 @@ class Timing:
     iqr_ms: float
 
 
-def measure(case: str, check: Callable[[], None], contenders: dict[str, Callable[[], Any]]) -> dict[str, Timing]:
-    """Time all contenders interleaved, once `check` has returned; WrongResult if it raises AssertionError."""
+def measure(
+    case: str, check: Callable[[], None], contenders: dict[str, Callable[[], Any]], settle: int = 0
+) -> dict[str, Timing]:
+    """Time all contenders interleaved, once `check` has returned; WrongResult if it raises AssertionError.
+
+    `settle` calls that are not timed come before each sample, for what always follows its like, as a training step
+    does: caches and freed memory are then those of the contender before it.
+    """
     try:
         check()
     except AssertionError as error:
@@ -76,6 +82,8 @@ def measure(case: str, check: Callable[[], None], contenders: dict[str, Callable
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(ROUNDS):
         for name, run in contenders.items():
+            for _ in range(settle):
+                run()
             samples[name].append(_sample(run, calls[name]))
     timings = {}
     for name, values in samples.items():

@@ -254,6 +254,16 @@ def test_random_mask_keeps_whole_blocks_exactly():
         assert structure.kept == int(mask.sum()) == 24
 
 
+def test_untimed_calls_come_before_each_sample():
+    log: list[str] = []
+    contenders = {name: lambda name=name: log.append(name) for name in "ab"}
+    harness.measure("case", lambda: None, contenders)
+    alone, log[:] = list(log), []
+    harness.measure("case", lambda: None, contenders, settle=2)
+    settled = harness.ROUNDS * 2 * 2
+    assert len(log) == len(alone) + settled and "".join(log[-6:]) == "aaabbb"
+
+
 def test_totals_count_each_layer_as_often_as_it_occurs():
     rows = [
         harness.make_row(
