@@ -183,19 +183,25 @@ void settle(const TopkSpan& span, const TopkLayout* layouts, const Scan& scan, c
   if (split) topk_choose_ties(span, layouts, *split, threshold.key);
 }
 
+// The bracket and what the pass finds; none where sampling does not serve, or too much lies in the bracket.
+std::optional<Bracket> sample_and_scan(const TopkSpan& span, int64_t keep, int64_t total, Scan& found) {
+  if (total < kSampleFrom || span.tensors[0].wide) return std::nullopt;
+  const std::optional<Bracket> bracket = sample_bracket(span, keep, total);
+  if (!bracket) return std::nullopt;
+  const int64_t room = total / kCollectedShare;
+  scan(span, *bracket, room, found);
+  return found.collected > room ? std::nullopt : bracket;
+}
+
 }  // namespace
 
 std::optional<int64_t> topk_sample_select(const TopkSpan& span, const TopkLayout* layouts, int64_t keep,
                                           int64_t total) {
-  if (total < kSampleFrom || span.tensors[0].wide) return std::nullopt;
-  const std::optional<Bracket> bracket = sample_bracket(span, keep, total);
-  if (!bracket) return std::nullopt;
   Scan found;
-  const int64_t room = total / kCollectedShare;
-  scan(span, *bracket, room, found);
+  const std::optional<Bracket> bracket = sample_and_scan(span, keep, total, found);
+  if (!bracket) return std::nullopt;
   if (found.nan) return kTopkNan;
   const int64_t needed = keep - found.above;
-  if (found.collected > room) return std::nullopt;
   if (needed < 0) return bracket->over ? topk_choose_at(span, layouts, bracket->over, keep) : std::nullopt;
   if (needed > found.collected) {
     return bracket->below ? topk_choose_at(span, layouts, bracket->below, keep) : std::nullopt;
@@ -205,14 +211,11 @@ std::optional<int64_t> topk_sample_select(const TopkSpan& span, const TopkLayout
 }
 
 std::optional<TopkBounds> topk_sample_bounds(const TopkSpan& span, int64_t keep, int64_t total) {
-  if (total < kSampleFrom || span.tensors[0].wide) return std::nullopt;
-  const std::optional<Bracket> bracket = sample_bracket(span, keep, total);
-  if (!bracket) return std::nullopt;
   Scan found;
-  const int64_t room = total / kCollectedShare;
-  scan(span, *bracket, room, found);
+  const std::optional<Bracket> bracket = sample_and_scan(span, keep, total, found);
+  if (!bracket) return std::nullopt;
   const int64_t needed = keep - found.above;
-  if (found.nan || found.collected > room || needed <= 0 || needed >= found.collected) return std::nullopt;
+  if (found.nan || needed <= 0 || needed >= found.collected) return std::nullopt;
   std::vector<uint32_t> keys;
   for (const Piece& piece : found.pieces) keys.insert(keys.end(), &piece.keys[0], &piece.keys[piece.count]);
   std::nth_element(keys.begin(), keys.begin() + needed, keys.end(), std::greater<>());
