@@ -73,6 +73,7 @@ class ST3(Ramped, EffectiveSparsifier):
     """
 
     DEFAULTS = (0.05, 0.5, 1)
+    _fills_on_gpu = False  # the threshold is a number to these kernels
 
     def __init__(
         self,
@@ -126,11 +127,7 @@ class ST3(Ramped, EffectiveSparsifier):
         fill_soft_threshold(weight, float(self.thresholds[name]), out, self.memory.workspace(weight))
 
     def _cause(self, name: str) -> Any:
-        return id(self.thresholds[name])
-
-    def shadow(self, name: str, weight: Tensor) -> Tensor:
-        # Kernels that take the threshold as a number would wait for a GPU.
-        return super().shadow(name, weight) if weight.device.type == "cpu" else self.effective(name, weight)
+        return float(self.thresholds[name])
 
     def masks_are_current(self) -> bool:
         return False  # they follow from weights, which move in every step

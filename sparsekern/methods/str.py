@@ -47,6 +47,8 @@ class STR(EffectiveSparsifier):
     gradient clips or scales both. Patterns other than "unstructured" are refused.
     """
 
+    _fills_on_gpu = False  # the threshold is a number to these kernels
+
     def __init__(
         self,
         *,
@@ -88,10 +90,6 @@ class STR(EffectiveSparsifier):
 
     def _cause(self, name: str) -> Any:
         return self.learned.values[name]._version
-
-    def shadow(self, name: str, weight: Tensor) -> Tensor:
-        # A kernel that takes the threshold as a number would wait for a GPU.
-        return super().shadow(name, weight) if weight.device.type == "cpu" else self.effective(name, weight)
 
     @torch.no_grad()
     def _before_step(self) -> bool:

@@ -110,7 +110,7 @@ def _after(epilogue: Epilogue, result: Tensor) -> tuple[Any, ...] | None:
     operands = epilogue.scale, epilogue.residual
     if epilogue.activation not in BOUNDS or not plain(*operands) or _differentiated(*operands):
         return None
-    if not all(t is None or _compiled(t) for t in (epilogue.scale, epilogue.residual)):
+    if not all(t is None or _compiled(t) for t in operands):
         return None
     return epilogue.for_kernel(result)
 
@@ -136,12 +136,10 @@ def repeat(
     if call.versions != sparse_kernels.versions(structure.tensors):
         return None
     graph = _differentiated(input, weight, bias)
-    # Each step of an epilogue rounds to the dtype, which kernels do for float32.
-    if dtype is not torch.float32 and (graph or epilogue is not None):
+    # One of these at most: kernels round each step of an epilogue to float32, and gradients are of plain float32 calls.
+    if graph + (epilogue is not None) + (dtype is not torch.float32) > 1:
         return None
     if graph:
-        if epilogue is not None:
-            return None
         try:
             return SparseConv2d.apply(input, weight, bias, call, structure)
         except _OtherInstructionSet:
