@@ -67,6 +67,8 @@ def test_masked_adamw(call, changes, message):
         ({"second": [], "pruned": [0.0, 1.0]}, "second"),
         ({"masks": [None]}, "masks"),
         ({"live": [1.0]}, "live"),
+        ({"times": [ONE]}, "times"),
+        ({"within": [None]}, "within"),
     ],
 )
 def test_masked_combine(call, changes, message):
@@ -77,6 +79,10 @@ def test_masked_combine(call, changes, message):
         "masks": NO_MASKS,
         "live": [2.0, 0.0],
         "pruned": [2.0, 0.0],
+        "scale": None,
+        "times": [],
+        "magnitude": False,
+        "within": [],
     }
     with pytest.raises((ValueError, RuntimeError), match=message):
         call("masked_combine_", **{**operands, **changes})

@@ -29,19 +29,40 @@ def problem(dtype, sizes=SIZES):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("factors", FACTORS, ids=str)
 @pytest.mark.parametrize("scale", [None, 3.0])
-def test_backends_agree_with_python_bit_for_bit(backend, dtype, factors, scale):
+@pytest.mark.parametrize("more", ["", "times", "magnitude within"])
+def test_backends_agree_with_python_bit_for_bit(backend, dtype, factors, scale, more):
     outputs, first, second, masks = problem(dtype)
+    extra = {}
+    if more:
+        extra = {"times": [t.roll(1) for t in first], "magnitude": "magnitude" in more}
+        extra["within"] = [None if m is None else m.bitwise_not() for m in masks] if "within" in more else []
     run(backend, outputs, first, second, masks, live=factors[0], pruned=factors[1],
-        scale=None if scale is None else torch.tensor(scale))  # fmt: skip
+        scale=None if scale is None else torch.tensor(scale), **extra)  # fmt: skip
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    for out, x, y, mask in zip(outputs, first, second, masks, strict=True):
+    for n, (out, x, y, mask) in enumerate(zip(outputs, first, second, masks, strict=True)):
         keep = [True] * len(x) if mask is None else sk.ops.unpack_mask(mask, x).tolist()
+        inside = [True] * len(x)
+        if extra.get("within") and extra["within"][n] is not None:
+            inside = sk.ops.unpack_mask(extra["within"][n], x).tolist()
         for i in [*range(min(len(x), 40)), *range(max(40, len(x) - 20), len(x))]:
             a, b = factors[0] if keep[i] else factors[1]
             p, q = x[i].to(compute) * a, y[i].to(compute) * b
+            if more:
+                q = q * (abs(extra["times"][n][i]) if extra["magnitude"] else extra["times"][n][i]).to(compute)
             q = q if scale is None else q * scale
             want = p + q if a and b else p if a else q if b else torch.zeros((), dtype=compute)
-            assert out[i] == want.to(dtype), i
+            assert out[i] == (want.to(dtype) if inside[i] else 0), i
+
+
+def test_powers_of_special_values(backend):
+    """x |x| keeps the sign of a zero; what `within` leaves out is +0 whatever it was."""
+    x = torch.tensor([0.0, -0.0, -math.inf, -2.0, 3.0, math.nan, -5.0, 1e-30] * 3)
+    within = torch.tensor([True] * 4 + [False] * 4).repeat(3)
+    out = torch.empty(24)
+    run(backend, [out], [x], [x], [None], live=(0, 1), pruned=(0, 0), times=[x], magnitude=True,
+        within=[sk.ops.pack_mask(within)])  # fmt: skip
+    want = [0.0, -0.0, -math.inf, -4.0, 0.0, 0.0, 0.0, 0.0] * 3
+    assert out.tolist() == want and [math.copysign(1, v) for v in out] == [math.copysign(1, v) for v in want]
 
 
 def test_large_outputs_with_memory_of_their_own(backend):
@@ -65,14 +86,15 @@ def test_what_is_left_out_reaches_nothing(backend):
         assert out.isfinite().all() and out[2] == (2.0 if live[1] else 1.0)
 
 
-@pytest.mark.parametrize("of", ["first", "second"])
+@pytest.mark.parametrize("of", ["first", "second", "times"])
 def test_in_place_and_stale_tensors_are_noticed(backend, of):
-    _, first, second, masks = problem(torch.float32)
+    _, first, second, masks = problem(torch.float32, [*SIZES, 1 << 18])
+    operands = {"first": first, "second": second, "times": [t.roll(1) for t in first]}
     want = [torch.empty_like(t) for t in first]
-    run(backend, want, first, second, masks, live=(1, 0.5), pruned=(0, 1))
-    target = first if of == "first" else second
+    run(backend, want, masks=masks, live=(1, 0.5), pruned=(0, 1), **operands)
+    target = operands[of]
     before = [t._version for t in target]
-    sk.ops.masked_combine_(target, first, second, masks, live=(1, 0.5), pruned=(0, 1))
+    sk.ops.masked_combine_(target, masks=masks, live=(1, 0.5), pruned=(0, 1), **operands)
     torch.testing.assert_close(target, want, rtol=0, atol=0)
     assert all(t._version > b for t, b in zip(target, before, strict=True))
 
@@ -98,8 +120,9 @@ def test_opcheck():
     for live, pruned in FACTORS:
         args = copy.deepcopy((outputs, first, second, masks))
         torch.library.opcheck(
-            torch.ops.sparsekern.masked_combine_.default, args, dict(live=list(live), pruned=list(pruned))
-        )
+            torch.ops.sparsekern.masked_combine_.default, args,
+            dict(live=list(live), pruned=list(pruned), scale=None, times=second, magnitude=True, within=masks),
+        )  # fmt: skip
 
 
 def test_bad_input_is_named():
@@ -111,6 +134,10 @@ def test_bad_input_is_named():
         ({"masks": []}, "masks must have one entry"),
         ({"masks": [bits[:1]]}, r"masks\[0\] must be contiguous uint8 of shape \(2,\)"),
         ({"live": (1,)}, "live must be two coefficients"),
+        ({"times": [w, w]}, "times must have one entry"),
+        ({"times": [w.double()]}, r"times\[0\] must be torch.float32"),
+        ({"within": [None, None]}, "within must have one entry"),
+        ({"within": [bits[:1]]}, r"within\[0\] must be contiguous uint8 of shape \(2,\)"),
         ({"first": [w.double()]}, r"first\[0\] must be torch.float32"),
         ({"second": [w[:8]]}, r"second\[0\] must be .* of shape \(9,\)"),
         ({"outputs": [torch.zeros(1).expand(9)]}, r"outputs\[0\] must have memory for each element"),

@@ -180,7 +180,10 @@ class EffectiveSparsifier(Sparsifier):
             packed = self.masks.packed(name)
         if is_dense(weight):
             # The operator itself: what its function checks holds, and its time would count here, once for each layer.
-            MASKED_COMBINE([out], [weight], [], [packed], live=[1.0, 0.0], pruned=[0.0, 0.0])
+            MASKED_COMBINE(
+                [out], [weight], [], [packed], live=[1.0, 0.0], pruned=[0.0, 0.0], scale=None, times=[],
+                magnitude=False, within=[],
+            )  # fmt: skip
         else:
             masked_combine_([out], [weight], [], [packed], live=(1, 0), pruned=(0, 0))
 

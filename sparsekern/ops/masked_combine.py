@@ -1,16 +1,20 @@
 """masked_combine_: of each element one of two weighted sums, as a packed mask says; one call for a whole model.
 
-    output = live[0] * first + live[1] * second        where the mask is 1
-    output = pruned[0] * first + pruned[1] * second    elsewhere
+    output = live[0] * first + live[1] * second * times        where the mask is 1
+    output = pruned[0] * first + pruned[1] * second * times    elsewhere
+    output = 0                                                 where `within` is 0
 
-With it a method computes the weights of its forward pass, (1, 0) and (0, 0), changes gradients where a mask is 0 and
-puts back what was to stay.
+With it a method computes the weights of its forward pass, (1, 0) and (0, 0), or powers of them, changes gradients where
+a mask is 0 and puts back what was to stay.
 
 - A term with coefficient 0 is left out, never multiplied, so NaN and Inf reach nothing; without terms an element is 0.
-- A term is rounded once, the sum once more (no fused multiply-add). `scale`, one float32 or float64 in a tensor on the
-  device of the outputs, multiplies the terms of `second` after that, with a rounding of its own.
-- `masks[i]` holds packed bits in the storage order of `outputs[i]` (see `pack_mask`) or is None: all ones.
-- `second` may be an empty list if both of its coefficients are 0. `outputs[i]` may be `first[i]` or `second[i]` itself.
+- Each product is rounded, from left to right, and then the sum (no fused multiply-add). `scale`, one float32 or float64
+  in a tensor on the device of the outputs, is the last factor of the terms of `second`.
+- `times` is an empty list where there is no such factor; with `magnitude` the factor is |times|.
+- `masks[i]` holds packed bits in the storage order of `outputs[i]` (see `pack_mask`) or is None: all ones. So does
+  `within[i]`, which chooses as masks do; an empty list is all ones.
+- `second` may be an empty list if both of its coefficients are 0. `outputs[i]` may be `first[i]`, `second[i]` or `times[i]`
+  itself.
 - bfloat16 and float16 compute in float32 and round once when they are stored. Coefficients are rounded to the compute
   type.
 
@@ -23,34 +27,39 @@ import torch
 from torch import Tensor
 
 from sparsekern._library import define
-from sparsekern.ops.operands import as_layout, check_entry, check_overlap, check_scalar, is_dense
+from sparsekern.ops.operands import as_layout, check_entry, check_mask, check_overlap, check_scalar, is_dense
 from sparsekern.ops.packing import unpack_mask
 
 
-def reference(outputs, first, second, masks, *, live, pruned, scale=None):
-    _check_lists(outputs, first, second, masks, live, pruned)
+def reference(
+    outputs, first, second, masks, *, live, pruned, scale=None, times=(), magnitude=False, within=()
+) -> None:  # fmt: skip
+    _check_lists(outputs, first, second, masks, live, pruned, times, within)
     for i, out in enumerate(outputs):
         compute = torch.float64 if out.dtype == torch.float64 else torch.float32
         pair = [t[i].to(compute) if t else None for t in (first, second)]
-        if masks[i] is None:
-            out.copy_(_sum(live, pair, scale))
-            continue
-        keep = unpack_mask(masks[i], out)
-        out.copy_(torch.where(keep, _sum(live, pair, scale), _sum(pruned, pair, scale)))
+        factors = [times[i].to(compute).abs() if magnitude else times[i].to(compute)] if times else []
+        factors += [] if scale is None else [scale.to(compute)]
+        found = _sum(live, pair, factors)
+        if masks[i] is not None:
+            found = torch.where(unpack_mask(masks[i], out), found, _sum(pruned, pair, factors))
+        if within and within[i] is not None:
+            found = torch.where(unpack_mask(within[i], out), found, 0)
+        out.copy_(found)
 
 
-def _sum(factors, pair, scale) -> Tensor:
-    terms = [t * factor for t, factor in zip(pair, factors, strict=True) if factor != 0]
-    if factors[1] != 0 and scale is not None:
-        terms[-1] = terms[-1] * scale.to(terms[-1].dtype)
+def _sum(coefficients, pair, factors) -> Tensor:
+    terms = [t * c for t, c in zip(pair, coefficients, strict=True) if c != 0]
+    for factor in factors if coefficients[1] != 0 else ():
+        terms[-1] = terms[-1] * factor
     return terms[0] + terms[1] if len(terms) == 2 else terms[0] if terms else torch.zeros_like(pair[0])
 
 
-def fake(outputs, first, second, masks, *, live, pruned, scale=None):
-    _check_lists(outputs, first, second, masks, live, pruned)
+def fake(outputs, first, second, masks, *, live, pruned, scale=None, times=(), magnitude=False, within=()):
+    _check_lists(outputs, first, second, masks, live, pruned, times, within)
 
 
-def _check_lists(outputs, first, second, masks, live, pruned) -> None:
+def _check_lists(outputs, first, second, masks, live, pruned, times, within) -> None:
     """Raise unless the lists fit each other, for bare calls of the operator too."""
     for name, factors in (("live", live), ("pruned", pruned)):
         if len(factors) != 2:
@@ -58,6 +67,7 @@ def _check_lists(outputs, first, second, masks, live, pruned) -> None:
     needed = {"first": first, "masks": masks}
     if len(second) or live[1] != 0 or pruned[1] != 0:
         needed["second"] = second
+    needed |= {name: values for name, values in (("times", times), ("within", within)) if len(values)}
     for name, values in needed.items():
         if len(values) != len(outputs):
             raise ValueError(f"{name} must have one entry for each of the {len(outputs)} outputs, got {len(values)}")
@@ -65,7 +75,7 @@ def _check_lists(outputs, first, second, masks, live, pruned) -> None:
 
 OP = define(
     "masked_combine_(Tensor(a!)[] outputs, Tensor[] first, Tensor[] second, Tensor?[] masks, *, float[] live,"
-    " float[] pruned, Tensor? scale=None) -> ()",
+    " float[] pruned, Tensor? scale, Tensor[] times, bool magnitude, Tensor?[] within) -> ()",
     reference,
     fake,
 )
@@ -80,6 +90,9 @@ def masked_combine_(
     live: tuple[float, float],
     pruned: tuple[float, float],
     scale: Tensor | None = None,
+    times: Sequence[Tensor] = (),
+    magnitude: bool = False,
+    within: Sequence[Tensor | None] = (),
 ) -> None:
     """Write `outputs` in place; the module docstring is the contract.
 
@@ -87,20 +100,25 @@ def masked_combine_(
     strides. But for an output that is an operand itself, no output shares memory with anything else. Raises ValueError
     or TypeError, before anything is changed, naming the argument at fault.
     """
-    outputs, first, second, masks = list(outputs), list(first), list(second), list(masks)
-    _check_lists(outputs, first, second, masks, live, pruned)
+    outputs, masks, within = list(outputs), list(masks), list(within)
+    read = {"first": list(first), "second": list(second), "times": list(times)}
+    _check_lists(outputs, read["first"], read["second"], masks, live, pruned, read["times"], within)
     for i, out in enumerate(outputs):
-        operands = {f"first[{i}]": first[i], **({f"second[{i}]": second[i]} if second else {})}
+        operands = {f"{name}[{i}]": values[i] for name, values in read.items() if values}
         check_entry("outputs", i, out, outputs[0].device, operands, masks[i])
+        if within:
+            check_mask(f"within[{i}]", within[i], out)
     if scale is not None and outputs:
         check_scalar("scale", scale, outputs[0].device)
-    apart = {n: [t for t, o in zip(v, outputs, strict=bool(v)) if t is not o] for n, v in
-             (("first", first), ("second", second))}  # fmt: skip
-    check_overlap({"outputs": outputs}, {**apart, "masks": [m for m in masks if m is not None]})
+    apart = {n: [t for t, o in zip(v, outputs, strict=bool(v)) if t is not o] for n, v in read.items()}
+    check_overlap({"outputs": outputs}, {**apart, "masks, within": [m for m in (*masks, *within) if m is not None]})
     dense = [o if is_dense(o) else torch.empty_like(o) for o in outputs]
-    first, second = ([as_layout(t, o) for t, o in zip(v, dense, strict=bool(v))] for v in (first, second))
+    first, second, times = ([as_layout(t, o) for t, o in zip(v, dense, strict=bool(v))] for v in read.values())
     with torch.no_grad():
-        OP(dense, first, second, masks, live=list(map(float, live)), pruned=list(map(float, pruned)), scale=scale)
+        OP(
+            dense, first, second, masks, live=list(map(float, live)), pruned=list(map(float, pruned)), scale=scale,
+            times=times, magnitude=magnitude, within=within,
+        )  # fmt: skip
         for out, result in zip(outputs, dense, strict=True):
             if out is not result:
                 out.copy_(result)

@@ -119,7 +119,7 @@ def check_entry(
     _check_param(f"{label}[{i}]", param, device, why)
     for name, t in operands.items():
         _check_like(name, t, param)
-    _check_mask(i, mask, param)
+    check_mask(f"masks[{i}]", mask, param)
 
 
 def check_scalar(name: str, t: Any, device: torch.device) -> None:
@@ -150,13 +150,14 @@ def _check_param(name: str, param: Tensor, device: torch.device, why: str) -> No
         raise ValueError(f"{name} must have memory for each element, got an expanded tensor")
 
 
-def _check_mask(i: int, mask: Tensor | None, param: Tensor) -> None:
+def check_mask(name: str, mask: Tensor | None, param: Tensor) -> None:
+    """Raise ValueError unless `mask` is None or holds one bit for each element of `param`."""
     size = (param.numel() + 7) // 8
     if mask is None:
         return
     if mask.dtype != torch.uint8 or mask.shape != (size,) or mask.device != param.device or not mask.is_contiguous():
         raise ValueError(
-            f"masks[{i}] must be contiguous uint8 of shape ({size},) on {param.device}, "
+            f"{name} must be contiguous uint8 of shape ({size},) on {param.device}, "
             f"got {mask.dtype} of shape {tuple(mask.shape)} on {mask.device}"
         )
 

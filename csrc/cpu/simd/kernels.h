@@ -47,13 +47,15 @@ struct AdamwOptions {
   bool decays, maximize, scaled;
 };
 
-// One entry of masked_combine_. `mask` is null for all ones, `second` where nothing is read from it. `stream`: write
-// past the caches, for float32 on a border of 64 bytes.
+// One entry of masked_combine_. `mask` and `within` are null for all ones, `second` where nothing is read from it,
+// `times` where it multiplies nothing. `stream`: write past the caches, for float32 on a border of 64 bytes.
 struct CombineTensor {
   void* output;
   const void* first;
   const void* second;
+  const void* times;
   const uint8_t* mask;
+  const uint8_t* within;
   Dtype dtype;
   bool stream;
 };
@@ -61,7 +63,7 @@ struct CombineTensor {
 // Coefficients of first and second, and what multiplies the terms of second.
 struct CombineOptions {
   double live[2], pruned[2], scale;
-  bool scaled;
+  bool scaled, magnitude;
 };
 
 // One score tensor of topk_mask in storage order: (outer, axis, inner), cut along `axis` into blocks of four if

@@ -48,6 +48,7 @@ struct F32x8 {
   }
   F32x8 root() const { return {_mm256_sqrt_ps(v)}; }
   F32x8 negate() const { return {_mm256_xor_ps(v, _mm256_set1_ps(-0.0f))}; }
+  F32x8 magnitude() const { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), v)}; }
   static F32x8 splat(float x) { return {_mm256_set1_ps(x)}; }
   // The first n lanes, 0 <= n <= 8; the others are 0, or not stored.
   static F32x8 load(const float* p, int64_t n) { return {_mm256_maskload_ps(p, first(n))}; }
@@ -135,6 +136,7 @@ struct F64x4 {
   F64x4 or_else(uint32_t bits, F64x4 other) const { return {_mm256_blendv_pd(other.v, v, lanes(bits))}; }
   F64x4 root() const { return {_mm256_sqrt_pd(v)}; }
   F64x4 negate() const { return {_mm256_xor_pd(v, _mm256_set1_pd(-0.0))}; }
+  F64x4 magnitude() const { return {_mm256_andnot_pd(_mm256_set1_pd(-0.0), v)}; }
 };
 inline F64x4 operator+(F64x4 a, F64x4 b) { return {_mm256_add_pd(a.v, b.v)}; }
 inline F64x4 operator*(F64x4 a, F64x4 b) { return {_mm256_mul_pd(a.v, b.v)}; }

@@ -48,6 +48,7 @@ struct F32x16 {
   }
   F32x16 root() const { return {_mm512_maskz_sqrt_ps(0xffff, v)}; }
   F32x16 negate() const { return {_mm512_xor_ps(v, _mm512_set1_ps(-0.0f))}; }
+  F32x16 magnitude() const { return {_mm512_andnot_ps(_mm512_set1_ps(-0.0f), v)}; }
   static F32x16 splat(float x) { return {_mm512_set1_ps(x)}; }
   // The first n lanes, 0 <= n <= 16; the others are 0, or not stored.
   static F32x16 load(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
@@ -145,6 +146,7 @@ struct F64x8 {
   }
   F64x8 root() const { return {_mm512_maskz_sqrt_pd(0xff, v)}; }
   F64x8 negate() const { return {_mm512_xor_pd(v, _mm512_set1_pd(-0.0))}; }
+  F64x8 magnitude() const { return {_mm512_andnot_pd(_mm512_set1_pd(-0.0), v)}; }
 };
 inline F64x8 operator+(F64x8 a, F64x8 b) { return {_mm512_add_pd(a.v, b.v)}; }
 inline F64x8 operator*(F64x8 a, F64x8 b) { return {_mm512_mul_pd(a.v, b.v)}; }

@@ -60,6 +60,9 @@ inline double fused(double a, double b, double c) { return __builtin_fma(a, b, c
 inline float square_root(float a) { return __builtin_sqrtf(a); }
 inline double square_root(double a) { return __builtin_sqrt(a); }
 
+inline float absolute(float a) { return __builtin_fabsf(a); }
+inline double absolute(double a) { return __builtin_fabs(a); }
+
 // To the second level of the cache: `count` floats from p on, which need not be memory.
 template <int64_t kCount>
 inline void fetch(const float* p) {
@@ -99,6 +102,7 @@ struct Lane {
   Lane unless_at_most_zero(Lane other) const { return {other.value <= T(0) ? T(0) : value}; }
   Lane root() const { return {square_root(value)}; }
   Lane negate() const { return {-value}; }
+  Lane magnitude() const { return {absolute(value)}; }
   static Lane splat(T x) { return {x}; }
   // The first n lanes, 0 <= n <= 1; the other is 0, or not stored.
   template <class S>
