@@ -43,8 +43,9 @@ inline void check_sgd_lists(const std::vector<Tensor>& params, const std::vector
   STD_TORCH_CHECK(mu == 0 || momentum.size() == count, "masked_sgd_: momentum must have one entry per parameter");
   STD_TORCH_CHECK(fresh.scalar_type() == torch::headeronly::ScalarType::Byte && fresh.is_contiguous(),
                   "masked_sgd_: fresh must be uint8");
-  STD_TORCH_CHECK(momentum_policy == "mask" || momentum_policy == "decay",
-                  "masked_sgd_: momentum_policy must be 'mask' or 'decay', got '", momentum_policy, "'");
+  STD_TORCH_CHECK(momentum_policy == "mask" || momentum_policy == "decay" || momentum_policy == "freeze",
+                  "masked_sgd_: momentum_policy must be one of ('mask', 'decay', 'freeze'), got '", momentum_policy,
+                  "'");
   STD_TORCH_CHECK(known_zero.empty() || (known_zero.size() == count && momentum_policy == "mask"),
                   "masked_sgd_: known_zero must be empty, or have one entry per parameter and momentum_policy 'mask'");
 }

@@ -12,6 +12,7 @@ from sparsekern.masked_optimizer import Bucket, MaskedOptimizer, check_hyper
 from sparsekern.masks import MaskSet
 from sparsekern.ops.masked_adamw import OP as MASKED_ADAMW
 from sparsekern.ops.masked_sgd import OP as MASKED_SGD
+from sparsekern.ops.masked_sgd import POLICIES
 
 
 class MaskedSGD(MaskedOptimizer):
@@ -54,8 +55,8 @@ class MaskedSGD(MaskedOptimizer):
         check_hyper(lr=lr, momentum=momentum, weight_decay=weight_decay)
         if nesterov and (momentum <= 0 or dampening != 0):
             raise ValueError(f"nesterov needs momentum > 0 and dampening 0, got {momentum} and {dampening}")
-        if momentum_policy not in ("mask", "decay"):
-            raise ValueError(f"momentum_policy must be 'mask' or 'decay', got {momentum_policy!r}")
+        if momentum_policy not in POLICIES:
+            raise ValueError(f"momentum_policy must be one of {POLICIES}, got {momentum_policy!r}")
         defaults = dict(
             lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov,
             maximize=maximize, foreach=foreach, differentiable=differentiable, fused=fused,

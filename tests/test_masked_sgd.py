@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 
 import pytest
 import torch
@@ -35,6 +36,8 @@ OPTIONS = [
     dict(mu=0.9, dampening=0.3, weight_decay=0.01),
     dict(mu=0.9, nesterov=True, weight_decay=0.01, maximize=True),
     dict(mu=0.9, momentum_policy="decay", weight_decay=0.01),
+    dict(mu=0.9, momentum_policy="freeze", weight_decay=0.01, nesterov=True),
+    dict(momentum_policy="freeze", weight_decay=0.1),
     dict(mu=0.9, grad_scale=torch.tensor(3.0)),
     dict(weight_decay=0.1, maximize=True, found_inf=torch.tensor(0.0)),
     dict(mu=0.9, found_inf=torch.tensor(1.0)),
@@ -81,6 +84,20 @@ def test_momentum_policies(backend, policy, pruned):
     step(backend, [w], [torch.tensor([0.0, 1])], [v], [mask], torch.zeros(1).byte(), mu=0.9, momentum_policy=policy)
     torch.testing.assert_close(v, torch.tensor([0.45, pruned]))
     torch.testing.assert_close(w, torch.tensor([0.955, 0]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_freeze_leaves_what_is_outside_the_mask_as_it_is(backend, dtype):
+    """Whatever it is, and whatever its gradient and momentum are; the rest steps as it would alone."""
+    (w, _), (g, _), (v, _), _, _ = problem(dtype, sizes=[1000, 1])
+    fresh, keep = torch.zeros(1, dtype=torch.uint8), torch.arange(1000) % 3 == 0
+    w[1], g[~keep], v[2] = math.nan, math.nan, math.inf
+    before, alone = w.clone(), [t[keep].clone() for t in (w, g, v)]
+    options = dict(mu=0.9, weight_decay=0.1)
+    step(backend, [w], [g], [v], [sk.ops.pack_mask(keep)], fresh, momentum_policy="freeze", **options)
+    step(backend, *([t] for t in alone), [None], fresh, **options)
+    torch.testing.assert_close(w[~keep], before[~keep], rtol=0, atol=0, equal_nan=True)
+    assert not v[~keep].any() and torch.equal(w[keep], alone[0]) and torch.equal(v[keep], alone[2])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -212,7 +229,7 @@ def test_version_counters_are_bumped():
         (dict(grads=[]), "grads must have one entry"),
         (dict(masks=[torch.zeros(2, dtype=torch.uint8)]), r"masks\[0\] must be contiguous uint8 of shape \(1,\)"),
         (dict(fresh=torch.zeros(1)), "fresh must be contiguous uint8"),
-        (dict(momentum_policy="drop"), "momentum_policy must be 'mask' or 'decay', got 'drop'"),
+        (dict(momentum_policy="drop"), "momentum_policy must be one of .*, got 'drop'"),
         (dict(nesterov=True, dampening=0.5), "nesterov needs"),
         (dict(grad_scale=torch.ones(2)), "grad_scale must be one float32 or float64 number in a tensor on cpu"),
         (dict(found_inf=torch.zeros(1, dtype=torch.int32)), "found_inf must be one .* got torch.int32"),

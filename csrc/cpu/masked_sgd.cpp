@@ -48,6 +48,7 @@ void masked_sgd_cpu(std::vector<Tensor> params, std::vector<Tensor> grads, std::
                            nesterov,
                            maximize,
                            momentum_policy == "decay",
+                           momentum_policy == "freeze",
                            grad_scale.has_value()};
   const auto step = kernels().masked_sgd;
   step_list(params, [&](size_t i, int64_t begin, int64_t end) { step(tensors[i], options, begin, end); });

@@ -30,7 +30,7 @@ struct StepTensor {
 // In double; each kernel rounds them once to its compute type.
 struct SgdStep {
   double negative_lr, mu, one_minus_dampening, weight_decay;
-  bool nesterov, maximize, keep_pruned_momentum;
+  bool nesterov, maximize, keep_pruned_momentum, freeze_pruned;
 };
 
 // One launch per 500 tensors of one type, and one that clears `fresh`, which has `count` entries.

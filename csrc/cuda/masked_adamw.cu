@@ -23,6 +23,7 @@ struct AdamwUpdate {
   C weight, beta2, rest2, eps, shrink, scale, negative_step_size, correction;
   DeviceScalar grad_scale;
   const Rates* rates;
+  static constexpr bool freeze_pruned = false;
   bool near, decays, maximize;
 
   __device__ void prepare(uint32_t index) {

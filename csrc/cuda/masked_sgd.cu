@@ -9,7 +9,7 @@ struct SgdUpdate {
   C negative_lr, mu, decay, gain, scale;
   DeviceScalar grad_scale;
   const uint8_t* fresh;
-  bool nesterov, maximize, keep_pruned_momentum, first;
+  bool nesterov, maximize, keep_pruned_momentum, freeze_pruned, first;
 
   __device__ void prepare(uint32_t index) {
     first = fresh[index];
@@ -46,6 +46,7 @@ int sgd_typed(StepTensor* tensors, int64_t count, const SgdStep& o, const uint8_
                             o.nesterov,
                             o.maximize,
                             o.keep_pruned_momentum,
+                            o.freeze_pruned,
                             false};
   return o.mu != 0 ? launch_step<S, 1, 1>(tensors, count, update, found_inf, stream)
                    : launch_step<S, 1, 0>(tensors, count, update, found_inf, stream);

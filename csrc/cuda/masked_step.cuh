@@ -32,7 +32,7 @@ struct alignas(16) Pack {
   S lane[kStepLanes<S>];
 };
 
-// One element through `update`, which computes in its own type.
+// One element through `update`, which computes in its own type. `freeze_pruned`: what is pruned stays in memory.
 template <class S, int kStates, class Update>
 __device__ __forceinline__ void step_element(const Update& update, S& param, S grad, S (&state)[kStates], bool keep) {
   using C = typename ComputeOf<S>::type;
@@ -40,7 +40,7 @@ __device__ __forceinline__ void step_element(const Update& update, S& param, S g
   const C g = keep ? widen(grad) : C(0);
   for (int k = 0; k < kStates; ++k) s[k] = widen(state[k]);
   update(p, g, s, keep);
-  narrow(keep ? p : C(0), param);
+  if (keep || !update.freeze_pruned) narrow(keep ? p : C(0), param);
   for (int k = 0; k < kStates; ++k) narrow(s[k], state[k]);
 }
 

@@ -24,7 +24,7 @@ from sparsekern.methods.base import Sparsifier
 from sparsekern.methods.memory import Memory
 from sparsekern.ops import masked_combine_, unpack_mask
 from sparsekern.ops.masked_combine import OP as MASKED_COMBINE
-from sparsekern.ops.operands import as_layout, is_dense
+from sparsekern.ops.operands import as_layout, is_dense, same_layout
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -173,19 +173,14 @@ class EffectiveSparsifier(Sparsifier):
         """`weight` with zeros where the mask says so, by selection; its gradient passes straight through."""
         return straight_through(weight, torch.where(self.kept(name, weight), weight.detach(), 0))
 
-    def _fill_masked(self, name: str, weight: Tensor, out: Tensor) -> None:
-        """The value of `masked`; `out`, laid out as `weight`, may be `weight` itself."""
+    def _packed_as(self, name: str, weight: Tensor) -> Tensor:
+        """The mask in the order of `weight`, whose layout or device may have changed since the forward pass before."""
         strides, packed = self._bits[name]
-        if strides != weight.stride() or packed.device != weight.device:
-            packed = self.masks.packed(name)
-        if is_dense(weight):
-            # The operator itself: what its function checks holds, and its time would count here, once for each layer.
-            MASKED_COMBINE(
-                [out], [weight], [], [packed], live=[1.0, 0.0], pruned=[0.0, 0.0], scale=None, times=[],
-                magnitude=False, within=[],
-            )  # fmt: skip
-        else:
-            masked_combine_([out], [weight], [], [packed], live=(1, 0), pruned=(0, 0))
+        return packed if strides == weight.stride() and packed.device == weight.device else self.masks.packed(name)
+
+    def _fill_masked(self, name: str, weight: Tensor, out: Tensor) -> None:
+        """The value of `masked`; `out` is laid out as `weight`."""
+        combine_one(out, weight, None, self._packed_as(name, weight), live=(1.0, 0.0))
 
     def _sync_masks(self) -> None:
         """Make `masks` agree with the effective weights, for methods in which they follow from them."""
@@ -231,6 +226,7 @@ class EffectiveSparsifier(Sparsifier):
         masks: MaskSet,
         names: Sequence[str],
         scaled: bool = False,
+        within: MaskSet | None = None,
         **factors: tuple[float, float],
     ) -> None:
         """masked_combine_ on tensors of the weights `names`; `scaled`: terms of `second` times the loss scale."""
@@ -243,7 +239,8 @@ class EffectiveSparsifier(Sparsifier):
             laid = [as_layout(outputs[i], masks.parameter(names[i])) for i in chosen]
             masked_combine_(
                 laid, laid if first is outputs else [first[i] for i in chosen], [second[i] for i in chosen if second],
-                [masks.packed(names[i]) for i in chosen], scale=None if scale is None else scale.to(device), **factors,
+                [masks.packed(names[i]) for i in chosen], scale=None if scale is None else scale.to(device),
+                within=[] if within is None else [within.packed(names[i]) for i in chosen], **factors,
             )  # fmt: skip
             for i, result in zip(chosen, laid, strict=True):
                 if result is not outputs[i]:
@@ -264,6 +261,21 @@ class EffectiveSparsifier(Sparsifier):
             parameter.copy_(self.effective(name, parameter))
         self._shadows, self.memory = {}, Memory()
         return super().finalize()
+
+
+def combine_one(
+    out: Tensor, first: Tensor, times: Tensor | None, packed: Tensor | None, live: tuple[float, float]
+) -> None:
+    """live[0] * first + live[1] * first * |times| where the packed mask has a bit, else 0, into `out`."""
+    second, times = ([], []) if times is None else ([first], [times])
+    if is_dense(out) and same_layout(first, out):
+        # The operator itself: what its function checks holds, and its time would count here, once for each layer.
+        MASKED_COMBINE(
+            [out], [first], second, [packed], live=live, pruned=(0.0, 0.0), scale=None, times=times, magnitude=True,
+            within=[],
+        )  # fmt: skip
+    else:
+        masked_combine_([out], [first], second, [packed], live=live, pruned=(0, 0), times=times, magnitude=True)
 
 
 def to_device(value: Tensor, weight: Tensor) -> Tensor:

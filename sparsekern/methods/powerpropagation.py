@@ -15,10 +15,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparsekern.methods.allocation import Allocation
-from sparsekern.methods.effective import EffectiveSparsifier
+from sparsekern.methods.effective import EffectiveSparsifier, combine_one
 from sparsekern.methods.held import Constant
 from sparsekern.methods.memory import Memory
-from sparsekern.ops import masked_combine_
 from sparsekern.phases import Dense, Phase, PhaseSchedule, Sparse
 
 
@@ -52,12 +51,11 @@ class _PowerOf(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (phi,) = ctx.saved_tensors
-        size = torch.abs(phi, out=ctx.memory.workspace(phi))
+        size = phi
         if ctx.alpha != 2:
-            size.pow_(ctx.alpha - 1)
-        result = torch.mul(gradient, ctx.alpha, out=ctx.memory.gradient(ctx.name, phi)).mul_(size)
-        if ctx.kept is not None:
-            masked_combine_([result], [result], [], [ctx.kept], live=(1, 0), pruned=(0, 0))
+            size = torch.abs(phi, out=ctx.memory.workspace(phi)).pow_(ctx.alpha - 1)
+        result = ctx.memory.gradient(ctx.name, phi)
+        combine_one(result, gradient, size, ctx.kept, live=(0.0, float(ctx.alpha)))
         return result, None, None, None, None, None
 
 
@@ -66,12 +64,10 @@ def power_of(phi: Tensor, theta: Tensor, alpha: float, memory: Memory, name: str
     return _PowerOf.apply(phi, theta, alpha, memory, name, kept)
 
 
-def fill_power(phi: Tensor, alpha: float, out: Tensor) -> None:
-    """Write the value of `power(phi, alpha)` into `out`."""
-    torch.abs(phi, out=out)
-    if alpha != 2:
-        out.pow_(alpha - 1)
-    out.mul_(phi)
+def fill_power(phi: Tensor, alpha: float, out: Tensor, kept: Tensor | None = None) -> None:
+    """Write `power(phi, alpha)` into `out`, laid out alike, where the packed mask `kept` has a bit, else 0."""
+    size = phi if alpha == 2 else torch.abs(phi, out=out).pow_(alpha - 1)
+    combine_one(out, phi, size, kept, live=(0.0, 1.0))
 
 
 def power(phi: Tensor, alpha: float) -> Tensor:
@@ -139,9 +135,7 @@ class Powerpropagation(EffectiveSparsifier):
         return torch.where(self.kept(name, weight), power(weight, self.alpha), 0)
 
     def _fill(self, name: str, weight: Tensor, out: Tensor) -> None:
-        fill_power(weight, self.alpha, out)
-        if isinstance(self.phase, Sparse):
-            self._fill_masked(name, out, out)
+        fill_power(weight, self.alpha, out, self._packed_as(name, weight) if isinstance(self.phase, Sparse) else None)
 
     def _connect(self, name: str, weight: Tensor, value: Tensor) -> Tensor:
         kept = self.masks.packed(name) if isinstance(self.phase, Sparse) else None

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsekern.distributions import check_sparsity
 from sparsekern.masks import MaskSet
@@ -20,6 +20,7 @@ from sparsekern.methods.effective import EffectiveSparsifier, straight_through
 from sparsekern.methods.held import Constant
 from sparsekern.methods.powerpropagation import change_power, check_alpha, fill_power, power, power_of
 from sparsekern.methods.repeated import Repeated
+from sparsekern.optim import MaskedSGD
 from sparsekern.phases import Sparse
 
 
@@ -77,6 +78,21 @@ class TopKAST(Repeated, EffectiveSparsifier):
             weight.copy_(change_power(weight, 1, self.alpha))
         self._update()
 
+    def _register(self) -> None:
+        super()._register()
+        # MaskedSGD freezes by itself. For other optimizers weights are put back after the step.
+        self._freezes = isinstance(self.optimizer, MaskedSGD)
+        if self._freezes:
+            self._policy, self.optimizer.momentum_policy = self.optimizer.momentum_policy, "freeze"
+            self.optimizer.set_masks(self.backward_masks)
+
+    def finalize(self) -> nn.Module:
+        model = super().finalize()
+        if self._freezes:
+            self.optimizer.momentum_policy = self._policy
+            self.optimizer.set_masks({})
+        return model
+
     def timeline(self) -> str:
         return f"{super().timeline()}, {Sparse(self.backward_sparsity)} backward, masks every {self.every} steps"
 
@@ -103,8 +119,7 @@ class TopKAST(Repeated, EffectiveSparsifier):
     def _fill(self, name: str, weight: Tensor, out: Tensor) -> None:
         if self.alpha == 1:
             return self._fill_masked(name, weight, out)
-        fill_power(weight, self.alpha, out)
-        self._fill_masked(name, out, out)
+        fill_power(weight, self.alpha, out, self._packed_as(name, weight))
 
     def _connect(self, name: str, weight: Tensor, value: Tensor) -> Tensor:
         if self.alpha == 1:
@@ -114,17 +129,22 @@ class TopKAST(Repeated, EffectiveSparsifier):
     @torch.no_grad()
     def _before_step(self) -> bool:
         names, weights, gradients = self._gradients()
-        if self.penalty:
-            # A weight in A counts 1, one in B without A counts 1 / D.
-            live, pruned = (1.0, self.penalty), (1.0, self.penalty / (1 - self.sparsity))
-            self._combine(gradients, gradients, weights, self.masks, names, scaled=True, live=live, pruned=pruned)
-        self._combine(gradients, gradients, [], self.backward_masks, names, live=(1, 0), pruned=(0, 0))
+        # A weight in A counts 1, one in B without A counts 1 / D.
+        live, pruned = (1.0, self.penalty), (1.0, self.penalty / (1 - self.sparsity))
+        self._combine(
+            gradients, gradients, weights, self.masks, names, scaled=True, within=self.backward_masks, live=live,
+            pruned=pruned,
+        )  # fmt: skip
+        if self._freezes:
+            return False
         self._moving = names, weights
         self._frozen = [self.memory.own(f"{n} before", w).copy_(w) for n, w in zip(names, weights, strict=True)]
         return False
 
     @torch.no_grad()
     def _after_step(self) -> None:
+        if self._freezes:
+            return
         # Weight decay and old momentum would move what is frozen; copying it back is exact for any optimizer.
         names, weights = self._moving
         self._combine(weights, weights, self._frozen, self.backward_masks, names, live=(1, 0), pruned=(0, 1))
@@ -138,11 +158,10 @@ class TopKAST(Repeated, EffectiveSparsifier):
     def _load_extra_state(self, state: Mapping[str, Any]) -> Callable[[], None]:
         rest = super()._load_extra_state(state)
         # Into a copy first, so that a bad file changes nothing.
-        loaded = MaskSet({name: self.masks.parameter(name) for name in self.masks})
-        loaded.load_state_dict(state["backward_masks"])
+        MaskSet({name: self.masks.parameter(name) for name in self.masks}).load_state_dict(state["backward_masks"])
 
         def install() -> None:
             rest()
-            self.backward_masks = loaded
+            self.backward_masks.load_state_dict(state["backward_masks"])
 
         return install

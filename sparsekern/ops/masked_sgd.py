@@ -14,7 +14,8 @@ torch.optim.SGD, with which it agrees bit for bit when nothing is masked (float3
 
 - `masks[i]` holds packed bits in the storage order of `params[i]` (see `pack_mask`) or is None for a dense parameter.
 - `momentum` may be empty if mu is 0. `momentum_policy="mask"` makes pruned momentum exactly 0; `"decay"` lets it
-  decay by mu, as the published AC/DC code does.
+  decay by mu, as the published AC/DC code does. `"freeze"` is for a mask that says what trains: momentum outside it is
+  0, and a weight outside it stays as it is.
 - `fresh`: uint8, one entry per parameter; 1 marks the first real step of that parameter. The step clears it.
 - `grad_scale`, `found_inf`: one float32 or float64 on the device of the parameters. `found_inf` not zero: nothing
   changes, `fresh` included. It is read on the device.
@@ -33,6 +34,8 @@ from torch import Tensor
 from sparsekern._library import define
 from sparsekern.ops.operands import check_lengths, check_operands, launch_any_layout
 from sparsekern.ops.packing import unpack_mask
+
+POLICIES = ("mask", "decay", "freeze")
 
 
 def reference(
@@ -55,10 +58,11 @@ def reference(
         if mu != 0:
             old = momentum[i].to(compute)
             v = torch.where(fresh[i].bool(), g, (old * mu).add(g, alpha=1 - dampening))
-            v = torch.where(keep, v, 0) if momentum_policy == "mask" else v
+            v = v if momentum_policy == "decay" else torch.where(keep, v, 0)
             u = g.add(v, alpha=mu) if nesterov else v
             momentum[i].copy_(torch.where(real, v.to(param.dtype), momentum[i]))
-        new = torch.where(keep, p.add(u, alpha=-lr), 0).to(param.dtype)
+        held = param.to(compute) if momentum_policy == "freeze" else 0
+        new = torch.where(keep, p.add(u, alpha=-lr), held).to(param.dtype)
         param.copy_(torch.where(real, new, param))
     fresh.mul_(~real)
 
@@ -69,8 +73,8 @@ def fake(params, grads, momentum, masks, fresh, *, mu, momentum_policy, known_ze
 
 def _check_lists(params, grads, momentum, masks, fresh, mu, momentum_policy, known_zero) -> None:
     """Raise unless the lists fit each other, for bare calls of the operator too."""
-    if momentum_policy not in ("mask", "decay"):
-        raise ValueError(f"momentum_policy must be 'mask' or 'decay', got {momentum_policy!r}")
+    if momentum_policy not in POLICIES:
+        raise ValueError(f"momentum_policy must be one of {POLICIES}, got {momentum_policy!r}")
     buffers = {"momentum": momentum} if mu != 0 else {}
     check_lengths(params, {"grads": grads, "masks": masks, **buffers}, ("fresh", fresh, torch.uint8), known_zero)
     if known_zero is not None and momentum_policy != "mask":

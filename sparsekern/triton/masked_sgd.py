@@ -19,10 +19,11 @@ def _update(
     p_ptr, g_ptr, v_ptr, mask_ptr, start, n, is_fresh, scale, lr, mu, kept_share, weight_decay,
     WHOLE: tl.constexpr, BLOCK: tl.constexpr, TYPE: tl.constexpr, COMPUTE: tl.constexpr, HAS_SCALE: tl.constexpr,
     DECAYS: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr,
-    MASK_MOMENTUM: tl.constexpr,
+    POLICY: tl.constexpr,
 ):  # fmt: skip
     at, keep = read_mask(mask_ptr, start, n, BLOCK)
-    p = tl.where(keep, read(p_ptr, at, n, WHOLE).to(COMPUTE), 0.0)
+    stored = read(p_ptr, at, n, WHOLE).to(COMPUTE)
+    p = tl.where(keep, stored, 0.0)
     g = tl.where(keep, read(g_ptr, at, n, WHOLE).to(COMPUTE), 0.0)
     if HAS_SCALE:
         g = divide(g, scale)
@@ -34,11 +35,12 @@ def _update(
     if MOMENTUM:
         v = read(v_ptr, at, n, WHOLE).to(COMPUTE)
         v = tl.where(is_fresh, g, fma(kept_share, g, mu * v))
-        if MASK_MOMENTUM:
+        if POLICY != "decay":
             v = tl.where(keep, v, 0.0)
         u = fma(mu, v, g) if NESTEROV else v
         write(v_ptr, at, rounded(v, TYPE), n, WHOLE)
-    write(p_ptr, at, rounded(tl.where(keep, fma(-lr, u, p), 0.0), TYPE), n, WHOLE)
+    held = stored if POLICY == "freeze" else 0.0
+    write(p_ptr, at, rounded(tl.where(keep, fma(-lr, u, p), held), TYPE), n, WHOLE)
 
 
 @triton.jit(do_not_specialize=["lr", "mu", "kept_share", "weight_decay"])
@@ -46,7 +48,7 @@ def masked_sgd(
     table_ptr, blocks_ptr, fresh_ptr, scale_ptr, found_inf_ptr, lr, mu, kept_share, weight_decay,
     BLOCK: tl.constexpr, TYPE: tl.constexpr, COMPUTE: tl.constexpr, HAS_SCALE: tl.constexpr,
     HAS_FOUND_INF: tl.constexpr, DECAYS: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
-    MAXIMIZE: tl.constexpr, MASK_MOMENTUM: tl.constexpr, ALIGNED: tl.constexpr,
+    MAXIMIZE: tl.constexpr, POLICY: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Program i updates one block of one tensor: row i of blocks says which. Scalars arrive as `double_bits`."""
     p_ptr, g_ptr, mask_ptr, v_ptr, _, start, n, place = read_row(table_ptr, blocks_ptr, BLOCK, TYPE, ALIGNED)
@@ -60,12 +62,12 @@ def masked_sgd(
     if start + BLOCK <= n:
         _update(
             p_ptr, g_ptr, v_ptr, mask_ptr, start, n, is_fresh, scale, lr, mu, kept_share, weight_decay, True, BLOCK,
-            TYPE, COMPUTE, HAS_SCALE, DECAYS, MOMENTUM, NESTEROV, MAXIMIZE, MASK_MOMENTUM,
+            TYPE, COMPUTE, HAS_SCALE, DECAYS, MOMENTUM, NESTEROV, MAXIMIZE, POLICY,
         )  # fmt: skip
     else:
         _update(
             p_ptr, g_ptr, v_ptr, mask_ptr, start, n, is_fresh, scale, lr, mu, kept_share, weight_decay, False, BLOCK,
-            TYPE, COMPUTE, HAS_SCALE, DECAYS, MOMENTUM, NESTEROV, MAXIMIZE, MASK_MOMENTUM,
+            TYPE, COMPUTE, HAS_SCALE, DECAYS, MOMENTUM, NESTEROV, MAXIMIZE, POLICY,
         )  # fmt: skip
 
 
@@ -84,7 +86,7 @@ def masked_sgd_(
     for run in launches(params, grads, states, masks, ("fresh", fresh, torch.uint8), grad_scale, found_inf):
         wrapped(masked_sgd)[(run.blocks.shape[0],)](
             run.table, run.blocks, fresh, *scalars, *hyper, DECAYS=weight_decay != 0, MOMENTUM=mu != 0,
-            NESTEROV=nesterov, MAXIMIZE=maximize, MASK_MOMENTUM=momentum_policy == "mask", **run.options,
+            NESTEROV=nesterov, MAXIMIZE=maximize, POLICY=momentum_policy, **run.options,
         )  # fmt: skip
     if found_inf is None:
         fresh.zero_()

@@ -25,7 +25,7 @@ struct SgdTensor {
 // Already combined in double; each kernel rounds them once to its compute type.
 struct SgdOptions {
   double negative_lr, mu, one_minus_dampening, weight_decay, grad_scale;
-  bool nesterov, maximize, keep_pruned_momentum, scaled;
+  bool nesterov, maximize, keep_pruned_momentum, freeze_pruned, scaled;
 };
 
 // One parameter of masked_adamw_ with its two moments. The last two depend on how many steps it has taken: minus

@@ -15,7 +15,7 @@ struct MaskedSgd {
   const S* const grad;
   S* const momentum;
   const uint8_t* const mask;
-  const bool fresh, decays, nesterov, maximize, keep_pruned_momentum, scaled;
+  const bool fresh, decays, nesterov, maximize, keep_pruned_momentum, freeze_pruned, scaled;
   const V negative_lr, mu, decay, gain, scale;
 
   MaskedSgd(const SgdTensor& t, const SgdOptions& o)
@@ -28,6 +28,7 @@ struct MaskedSgd {
         nesterov(o.nesterov),
         maximize(o.maximize),
         keep_pruned_momentum(o.keep_pruned_momentum),
+        freeze_pruned(o.freeze_pruned),
         scaled(o.scaled),
         negative_lr(V::set(o.negative_lr)),
         mu(V::set(o.mu)),
@@ -38,7 +39,7 @@ struct MaskedSgd {
   inline __attribute__((always_inline)) void update(int64_t i) const {
     const uint32_t bits = mask_bits<kLanes>(mask, i);
     // Selecting before the arithmetic keeps NaN and Inf of pruned entries out of everything.
-    const V p = V::load(param + i).keep(bits);
+    const V stored = V::load(param + i), p = stored.keep(bits);
     V g = V::load(grad + i).keep(bits);
     if (scaled) g = g / scale;
     if (maximize) g = g.negate();
@@ -50,7 +51,8 @@ struct MaskedSgd {
       u = nesterov ? fma(mu, v, g) : v;
       v.store(momentum + i);
     }
-    fma(negative_lr, u, p).keep(bits).store(param + i);
+    const V next = fma(negative_lr, u, p);
+    (freeze_pruned ? next.or_else(bits, stored) : next.keep(bits)).store(param + i);
   }
 
   // Into the second-level cache. Into the first, the hardware would fetch neighbours too, which nobody needs: measured
