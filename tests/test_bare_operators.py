@@ -95,6 +95,15 @@ def test_topk_bounds(call, scores, keep, message):
         call("topk_bounds", scores, keep)
 
 
+@pytest.mark.parametrize(
+    ("scores", "keep", "pattern"),
+    [([], [0], "4x1"), (TWO, [], "unstructured"), (TWO, [1, -1], "unstructured"), (TWO, [1], "1:2")],
+)
+def test_topk_nested(call, scores, keep, pattern):
+    with pytest.raises((ValueError, RuntimeError), match="scores|keep|pattern"):
+        call("topk_nested", scores, keep, pattern, True)
+
+
 @pytest.mark.skipif(bool(sk.degradation), reason="the reference takes any strides")
 @pytest.mark.parametrize("view", [lambda t: t[::2], lambda t: t[:1].expand(4), lambda t: t.view(2, 4)[:, :2]])
 def test_masked_steps_write_nothing_outside_a_parameter(view):

@@ -19,7 +19,7 @@ import sparsekern as sk
 @pytest.fixture(autouse=True)
 def on_backend(backend, monkeypatch):
     if backend == "reference":
-        monkeypatch.setattr(sys.modules["sparsekern.ops.topk_mask"], "_op", sk.ops.topk_mask.reference)
+        monkeypatch.setattr(sys.modules["sparsekern.ops.topk_mask"], "OP", sk.ops.topk_mask.reference)
 
 
 @pytest.mark.parametrize(("keep", "expected"), [(5, 5), (3, 3), (2, 2), (1, 1), (0, 0), (7, 7), (10, 10)])

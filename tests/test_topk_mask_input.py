@@ -17,7 +17,7 @@ OP = torch.ops.sparsekern.topk_mask
 @pytest.fixture
 def on_backend(backend, monkeypatch):
     if backend == "reference":
-        monkeypatch.setattr(sys.modules["sparsekern.ops.topk_mask"], "_op", sk.ops.topk_mask.reference)
+        monkeypatch.setattr(sys.modules["sparsekern.ops.topk_mask"], "OP", sk.ops.topk_mask.reference)
 
 
 @pytest.mark.usefixtures("on_backend")

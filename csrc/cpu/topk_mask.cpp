@@ -1,4 +1,4 @@
-// Host side of topk_mask and topk_bounds on CPU: checks, lays out, selects. The contracts are their files in
+// Host side of topk_mask, topk_nested and topk_bounds on CPU: checks, lays out, selects. The contracts are their files in
 // sparsekern/ops.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -80,11 +80,12 @@ void add_group_bits(Scores& all) {
   }
 }
 
-int64_t select(const Scores& all, const std::vector<int64_t>& keep, bool global_budget) {
-  if (global_budget) return topk_select(TopkSpan(all.tensors.data(), all.groups), all.layouts.data(), keep[0]);
+// The best groups of each tensor.
+int64_t select_each(const Scores& all, const std::vector<int64_t>& keep) {
   std::atomic<int64_t> status{0};
   const auto one = [&](size_t i) {
-    status |= topk_select(TopkSpan(&all.tensors[i], {all.groups[i]}), &all.layouts[i], keep[i]);
+    const TopkSpan span(&all.tensors[i], {all.groups[i]});
+    status |= topk_select({&span}, &all.layouts[i], {keep[i]});
   };
   // Very large tensors one by one, each on all threads; then the others side by side, the largest first.
   const int64_t total = std::accumulate(all.groups.begin(), all.groups.end(), int64_t{0});
@@ -103,6 +104,22 @@ int64_t select(const Scores& all, const std::vector<int64_t>& keep, bool global_
     for (size_t i = next++; i < rest.size(); i = next++) one(rest[i]);
   });
   return status;
+}
+
+// The best groups of the whole list, once for each count; `all[i]` has the masks for it.
+int64_t select_global(const std::vector<Scores>& all, const std::vector<int64_t>& keep) {
+  std::vector<TopkSpan> spans;
+  std::vector<const TopkSpan*> each;
+  for (const Scores& scores : all) spans.emplace_back(scores.tensors.data(), scores.groups);
+  for (const TopkSpan& span : spans) each.push_back(&span);
+  return topk_select(each, all[0].layouts.data(), keep);
+}
+
+// Group bits to those of weights.
+void spread(const Scores& all) {
+  TopkSpan(all.tensors.data(), all.weights).parallel([&](const TopkTensor& t, int64_t, int64_t begin, int64_t end) {
+    kernels().topk_spread(t, begin, end);
+  });
 }
 
 // The masks must be zero.
@@ -125,33 +142,63 @@ int64_t select_ratio(const Scores& all, TopkRatio ratio) {
   return nan ? kTopkNan : 0;
 }
 
+// The scores with new masks, which are appended to `masks`.
+Scores with_masks(const std::vector<Tensor>& scores, const std::vector<std::optional<Tensor>>& candidates,
+                  const Pattern& pattern, bool magnitude, std::vector<Tensor>& masks) {
+  Scores all;
+  bool wide = false;
+  for (size_t i = 0; i < scores.size(); ++i) {
+    const std::vector<int64_t> size{(static_cast<int64_t>(scores[i].numel()) + 7) / 8};
+    masks.push_back(pattern.ratio.m ? torch::stable::new_zeros(scores[i], size, ScalarType::Byte)
+                                    : torch::stable::new_empty(scores[i], size, ScalarType::Byte));
+    add_scores(all, scores[i], masks.back(), candidates.empty() ? std::nullopt : candidates[i], pattern, magnitude);
+    wide = wide || (!all.tensors[i].block && all.tensors[i].dtype == Dtype::kFloat64);
+  }
+  for (TopkTensor& t : all.tensors) t.wide = wide;
+  if (pattern.axis >= 0 && pattern.ratio.m == 0) add_group_bits(all);
+  return all;
+}
+
+Tensor status_of(const Tensor& like, int64_t found) {
+  Tensor status = torch::stable::new_empty(like, {}, ScalarType::Int);
+  *status.mutable_data_ptr<int32_t>() = static_cast<int32_t>(found);
+  return status;
+}
+
 std::tuple<std::vector<Tensor>, Tensor> topk_mask_cpu(std::vector<Tensor> scores, std::vector<int64_t> keep,
                                                       bool global_budget, std::string pattern, bool magnitude,
                                                       std::vector<std::optional<Tensor>> candidates) {
   const Pattern parsed = parse_pattern(pattern);
   check_topk(scores, keep, global_budget, parsed, candidates, [](const Tensor& t) { return t.is_cpu(); });
   std::vector<Tensor> masks;
-  Scores all;
-  bool wide = false;
-  for (size_t i = 0; i < scores.size(); ++i) {
-    const std::vector<int64_t> size{(static_cast<int64_t>(scores[i].numel()) + 7) / 8};
-    masks.push_back(parsed.ratio.m ? torch::stable::new_zeros(scores[i], size, ScalarType::Byte)
-                                   : torch::stable::new_empty(scores[i], size, ScalarType::Byte));
-    add_scores(all, scores[i], masks[i], candidates.empty() ? std::nullopt : candidates[i], parsed, magnitude);
-    wide = wide || (!all.tensors[i].block && all.tensors[i].dtype == Dtype::kFloat64);
+  std::vector<Scores> all(1);
+  all[0] = with_masks(scores, candidates, parsed, magnitude, masks);
+  const int64_t found = parsed.ratio.m  ? select_ratio(all[0], parsed.ratio)
+                        : global_budget ? select_global(all, keep)
+                                        : select_each(all[0], keep);
+  if (!all[0].chosen.empty()) spread(all[0]);
+  return {masks, status_of(scores[0], found)};
+}
+
+std::tuple<std::vector<Tensor>, Tensor> topk_nested_cpu(std::vector<Tensor> scores, std::vector<int64_t> keep,
+                                                        std::string pattern, bool magnitude) {
+  const Pattern parsed = parse_pattern(pattern);
+  STD_TORCH_CHECK(!scores.empty() && !keep.empty(), "topk_nested: scores and keep must hold at least one entry");
+  STD_TORCH_CHECK(!parsed.ratio.m, "topk_nested: pattern='", pattern, "' has no count");
+  for (int64_t k : keep) {
+    check_topk(scores, {k}, true, parsed, {}, [](const Tensor& t) { return t.is_cpu(); });
   }
-  for (TopkTensor& t : all.tensors) t.wide = wide;
-  const bool block = parsed.axis >= 0 && parsed.ratio.m == 0;
-  if (block) add_group_bits(all);
-  const int64_t found = parsed.ratio.m ? select_ratio(all, parsed.ratio) : select(all, keep, global_budget);
-  if (block) {
-    TopkSpan(all.tensors.data(), all.weights).parallel([&](const TopkTensor& t, int64_t, int64_t begin, int64_t end) {
-      kernels().topk_spread(t, begin, end);
-    });
+  std::vector<Tensor> masks, given = scores;
+  std::vector<Scores> all;
+  for (size_t i = 0; i < keep.size(); ++i) {
+    all.push_back(with_masks(given, {}, parsed, magnitude, masks));
+    given = all[0].dense;  // copied once
   }
-  Tensor status = torch::stable::new_empty(scores[0], {}, ScalarType::Int);
-  *status.mutable_data_ptr<int32_t>() = static_cast<int32_t>(found);
-  return {masks, status};
+  const int64_t found = select_global(all, keep);
+  for (const Scores& each : all) {
+    if (!each.chosen.empty()) spread(each);
+  }
+  return {masks, status_of(scores[0], found)};
 }
 
 double magnitude_of(uint64_t key, bool wide) {
@@ -196,5 +243,6 @@ Tensor topk_bounds_cpu(std::vector<Tensor> scores, int64_t keep) {
 
 STABLE_TORCH_LIBRARY_IMPL(sparsekern, CPU, m) {
   m.impl("topk_mask", TORCH_BOX(&sparsekern::topk_mask_cpu));
+  m.impl("topk_nested", TORCH_BOX(&sparsekern::topk_nested_cpu));
   m.impl("topk_bounds", TORCH_BOX(&sparsekern::topk_bounds_cpu));
 }

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <bit>
 #include <cmath>
+#include <deque>
 #include <functional>
 #include <iterator>
 #include <memory>
@@ -34,12 +35,10 @@ int64_t sample_size(double share, int64_t total) {
   return std::min(std::max({precise, total / 1024, int64_t{1024}}), std::min(kMostSamples, total / 32));
 }
 
-// Keys between which the threshold lies but for one case in a million; none if too much would lie there with it.
-std::optional<Bracket> sample_bracket(const TopkSpan& span, int64_t keep, int64_t total) {
+// The keys of so many groups.
+std::vector<uint32_t> sample(const TopkSpan& span, int64_t samples, int64_t total) {
   std::vector<int64_t> first{0};
   for (int64_t size : span.sizes) first.push_back(first.back() + size);
-  const double share = static_cast<double>(keep) / static_cast<double>(total);
-  const int64_t samples = sample_size(share, total);
   std::vector<uint32_t> keys(samples);
   torch::stable::parallel_for(0, samples, 1024, [&](int64_t from, int64_t to) {
     // One group of each of the equal stretches, at a place that no period of the scores can follow.
@@ -61,6 +60,13 @@ std::optional<Bracket> sample_bracket(const TopkSpan& span, int64_t keep, int64_
     }
     kernels().topk_gather(span.tensors[tensor], places.data(), held, &keys[to - held]);
   });
+  return keys;
+}
+
+// Keys between which the threshold lies but for one case in a million; none if too much would lie there with it.
+// Changes the order of the sample.
+std::optional<Bracket> sample_bracket(std::vector<uint32_t>& keys, double share) {
+  const int64_t samples = static_cast<int64_t>(keys.size());
   const double count = static_cast<double>(samples);
   const double margin = 5 * std::sqrt(share * (1 - share) * count) + 2;
   const int64_t best = static_cast<int64_t>(share * count - margin);
@@ -106,25 +112,46 @@ struct Scan {
   std::atomic<bool> nan{false};
 };
 
-void scan(const TopkSpan& span, const Bracket& bracket, int64_t room, Scan& result) {
-  result.within.assign(span.tasks(), 0);
+// One of several choices among the same scores: `span` has the masks that it writes.
+struct Choice {
+  const TopkSpan& span;
+  int64_t keep;
+  std::optional<Bracket> bracket;
+  Scan found;
+};
+
+// All choices that have a bracket, task by task: what the first reads, the others find in the cache.
+void scan(std::vector<Choice*> choices, int64_t room) {
+  std::erase_if(choices, [](const Choice* c) { return !c->bracket; });
+  if (choices.empty()) return;
+  const TopkSpan& span = choices[0]->span;
+  for (Choice* c : choices) c->found.within.assign(span.tasks(), 0);
   std::mutex merging;
   const auto kernel = kernels().topk_scan;
   torch::stable::parallel_for(0, span.tasks(), 1, [&](int64_t from, int64_t to) {
     const int64_t most = std::min(room, (to - from) * kTopkGrain) + kTopkGrain;
-    Piece piece{from, to, 0, std::make_unique_for_overwrite<uint32_t[]>(most),
-                std::make_unique_for_overwrite<uint16_t[]>(most)};
+    std::vector<Piece> pieces;
+    for (size_t i = 0; i < choices.size(); ++i) {
+      pieces.push_back({from, to, 0, std::make_unique_for_overwrite<uint32_t[]>(most),
+                        std::make_unique_for_overwrite<uint16_t[]>(most)});
+    }
     span.each(from, to, [&](const TopkTensor& t, int64_t task, int64_t begin, int64_t end) {
-      if (result.collected > room) return;
-      TopkFound found;
-      kernel(t, bracket.lo, bracket.hi, begin, end, &piece.keys[piece.count], &piece.places[piece.count], &found);
-      result.above += found.above;
-      result.collected += result.within[task] = found.within;
-      if (found.nan) result.nan = true;
-      piece.count += found.within;
+      for (size_t i = 0; i < choices.size(); ++i) {
+        const auto& [own, keep, bracket, ignored] = *choices[i];
+        Scan& result = choices[i]->found;
+        if (result.collected > room) continue;
+        Piece& piece = pieces[i];
+        TopkFound found;
+        kernel(own.tensors[&t - span.tensors], bracket->lo, bracket->hi, begin, end, &piece.keys[piece.count],
+               &piece.places[piece.count], &found);
+        result.above += found.above;
+        result.collected += result.within[task] = found.within;
+        if (found.nan) result.nan = true;
+        piece.count += found.within;
+      }
     });
     const std::lock_guard<std::mutex> lock(merging);
-    result.pieces.push_back(std::move(piece));
+    for (size_t i = 0; i < choices.size(); ++i) choices[i]->found.pieces.push_back(std::move(pieces[i]));
   });
 }
 
@@ -183,22 +210,24 @@ void settle(const TopkSpan& span, const TopkLayout* layouts, const Scan& scan, c
   if (split) topk_choose_ties(span, layouts, *split, threshold.key);
 }
 
-// The bracket and what the pass finds; none where sampling does not serve, or too much lies in the bracket.
-std::optional<Bracket> sample_and_scan(const TopkSpan& span, int64_t keep, int64_t total, Scan& found) {
-  if (total < kSampleFrom || span.tensors[0].wide) return std::nullopt;
-  const std::optional<Bracket> bracket = sample_bracket(span, keep, total);
-  if (!bracket) return std::nullopt;
+// The brackets of all choices and what the pass finds; no bracket where sampling does not serve, or too much lies in it.
+void sample_and_scan(std::vector<Choice*> choices, int64_t total) {
+  const TopkSpan& span = choices[0]->span;
+  if (total < kSampleFrom || span.tensors[0].wide) return;
+  const auto share = [&](const Choice* c) { return static_cast<double>(c->keep) / static_cast<double>(total); };
+  int64_t samples = 0;
+  for (const Choice* c : choices) samples = std::max(samples, sample_size(share(c), total));
+  std::vector<uint32_t> keys = sample(span, samples, total);
+  for (Choice* c : choices) c->bracket = sample_bracket(keys, share(c));
   const int64_t room = total / kCollectedShare;
-  scan(span, *bracket, room, found);
-  return found.collected > room ? std::nullopt : bracket;
+  scan(choices, room);
+  for (Choice* c : choices) {
+    if (c->found.collected > room) c->bracket = std::nullopt;
+  }
 }
 
-}  // namespace
-
-std::optional<int64_t> topk_sample_select(const TopkSpan& span, const TopkLayout* layouts, int64_t keep,
-                                          int64_t total) {
-  Scan found;
-  const std::optional<Bracket> bracket = sample_and_scan(span, keep, total, found);
+std::optional<int64_t> finish(const Choice& choice, const TopkLayout* layouts) {
+  const auto& [span, keep, bracket, found] = choice;
   if (!bracket) return std::nullopt;
   if (found.nan) return kTopkNan;
   const int64_t needed = keep - found.above;
@@ -210,16 +239,41 @@ std::optional<int64_t> topk_sample_select(const TopkSpan& span, const TopkLayout
   return 0;
 }
 
+}  // namespace
+
+std::vector<std::optional<int64_t>> topk_sample_select(const std::vector<const TopkSpan*>& spans,
+                                                       const TopkLayout* layouts, const std::vector<int64_t>& keep,
+                                                       int64_t total) {
+  std::deque<Choice> choices;
+  std::vector<Choice*> each;
+  for (size_t i = 0; i < spans.size(); ++i) {
+    each.push_back(&choices.emplace_back(*spans[i], keep[i]));
+  }
+  sample_and_scan(each, total);
+  std::vector<std::optional<int64_t>> status(spans.size());
+  // One after the other a single choice would leave threads idle.
+  torch::stable::parallel_for(0, static_cast<int64_t>(spans.size()), 1, [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i) status[i] = finish(choices[i], layouts);
+  });
+  return status;
+}
+
 std::optional<TopkBounds> topk_sample_bounds(const TopkSpan& span, int64_t keep, int64_t total) {
-  Scan found;
-  const std::optional<Bracket> bracket = sample_and_scan(span, keep, total, found);
-  if (!bracket) return std::nullopt;
+  Choice choice{span, keep};
+  sample_and_scan({&choice}, total);
+  if (!choice.bracket) return std::nullopt;
+  const Scan& found = choice.found;
   const int64_t needed = keep - found.above;
   if (found.nan || needed <= 0 || needed >= found.collected) return std::nullopt;
-  std::vector<uint32_t> keys;
-  for (const Piece& piece : found.pieces) keys.insert(keys.end(), &piece.keys[0], &piece.keys[piece.count]);
-  std::nth_element(keys.begin(), keys.begin() + needed, keys.end(), std::greater<>());
-  return TopkBounds{*std::min_element(keys.begin(), keys.begin() + needed), keys[needed]};
+  const TopkThreshold last = collected_threshold(found.pieces, *choice.bracket, needed);
+  if (last.needed < last.ties) return TopkBounds{last.key, last.key};
+  uint32_t left = 0;
+  for (const Piece& piece : found.pieces) {
+    for (int64_t i = 0; i < piece.count; ++i) {
+      left = std::max(left, piece.keys[i] < last.key ? piece.keys[i] : 0);
+    }
+  }
+  return TopkBounds{last.key, left};
 }
 
 }  // namespace sparsekern

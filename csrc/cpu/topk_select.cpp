@@ -161,18 +161,28 @@ TopkBounds topk_bounds(const TopkSpan& span, int64_t keep, bool& nan) {
   return {last.key, radix_threshold(span, keep + 1, true, nan).key};
 }
 
-int64_t topk_select(const TopkSpan& span, const TopkLayout* layouts, int64_t keep) {
-  int64_t total = 0;
-  for (int64_t size : span.sizes) total += size;
-  const int64_t wanted = std::min(keep, total);
-  if (total == 0) return keep > 0 ? kTopkTooFew : 0;
-  if (wanted == 0 || wanted == total) {
-    bool nan = false;
-    const int64_t chosen = write(span, wanted ? 1 : kNoKey, nan);
-    return (nan ? kTopkNan : 0) + (chosen < keep ? kTopkTooFew : 0);
+int64_t topk_select(const std::vector<const TopkSpan*>& spans, const TopkLayout* layouts,
+                    const std::vector<int64_t>& keep) {
+  int64_t total = 0, status = 0;
+  for (int64_t size : spans[0]->sizes) total += size;
+  std::vector<const TopkSpan*> chosen;
+  std::vector<int64_t> wanted;
+  for (size_t i = 0; i < spans.size(); ++i) {
+    if (total == 0) {
+      status |= keep[i] > 0 ? kTopkTooFew : 0;
+    } else if (keep[i] == 0 || keep[i] >= total) {
+      bool nan = false;
+      const int64_t count = write(*spans[i], keep[i] ? 1 : kNoKey, nan);
+      status |= (nan ? kTopkNan : 0) + (count < keep[i] ? kTopkTooFew : 0);
+    } else {
+      chosen.push_back(spans[i]);
+      wanted.push_back(keep[i]);
+    }
   }
-  const std::optional<int64_t> status = topk_sample_select(span, layouts, wanted, total);
-  return status ? *status : radix_select(span, layouts, wanted);
+  if (chosen.empty()) return status;
+  const std::vector<std::optional<int64_t>> found = topk_sample_select(chosen, layouts, wanted, total);
+  for (size_t i = 0; i < chosen.size(); ++i) status |= found[i] ? *found[i] : radix_select(*chosen[i], layouts, wanted[i]);
+  return status;
 }
 
 }  // namespace sparsekern

@@ -69,8 +69,11 @@ void topk_choose_ties(const TopkSpan& span, const TopkLayout* layouts, const Top
 // Writes the group bits of the `keep` best groups where the threshold is `key`; none, and no valid bits, if it is not.
 std::optional<int64_t> topk_choose_at(const TopkSpan& span, const TopkLayout* layouts, uint64_t key, int64_t keep);
 
-// topk_select by one pass for 0 < keep < total; none where sampling does not serve.
-std::optional<int64_t> topk_sample_select(const TopkSpan& span, const TopkLayout* layouts, int64_t keep, int64_t total);
+// topk_select for spans of the same scores, each with masks and a count of its own, 0 < keep < total, by one pass; none
+// where sampling does not serve.
+std::vector<std::optional<int64_t>> topk_sample_select(const std::vector<const TopkSpan*>& spans,
+                                                       const TopkLayout* layouts, const std::vector<int64_t>& keep,
+                                                       int64_t total);
 
 // Both bounds of 0 < keep < total in one pass, which writes to `chosen` of the tensors; none where sampling does not
 // serve.
@@ -79,7 +82,9 @@ std::optional<TopkBounds> topk_sample_bounds(const TopkSpan& span, int64_t keep,
 // Likewise for any scores; `nan`: there is one, and no bounds.
 TopkBounds topk_bounds(const TopkSpan& span, int64_t keep, bool& nan);
 
-// Writes the group bits of the `keep` best groups of all of `span`; returns the status of the operator.
-int64_t topk_select(const TopkSpan& span, const TopkLayout* layouts, int64_t keep);
+// Writes the group bits of the `keep[i]` best groups of all of `spans[i]`, which have the same scores, each its masks;
+// returns the status of the operator.
+int64_t topk_select(const std::vector<const TopkSpan*>& spans, const TopkLayout* layouts,
+                    const std::vector<int64_t>& keep);
 
 }  // namespace sparsekern

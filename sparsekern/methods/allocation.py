@@ -13,7 +13,7 @@ from sparsekern.distributions import check_sparsity, erk, keep_count, uniform
 from sparsekern.masks import MaskSet
 from sparsekern.methods.n_of_m import check_n_of_m, is_n_of_m
 from sparsekern.methods.selection import check_patterns, layer_weights, prunable_weights
-from sparsekern.ops import topk_mask
+from sparsekern.ops import topk_mask, topk_nested
 from sparsekern.ops.packing import count_live
 from sparsekern.ops.topk_mask import group_count
 
@@ -136,6 +136,19 @@ class Allocation:
             chosen.update(zip(names, topk_mask(ranked, keep, pattern=pattern, candidates=live), strict=True))
         for name, packed in chosen.items():
             masks.set_packed(name, packed)
+
+    @torch.no_grad()
+    def select_nested(self, targets: Sequence[tuple[MaskSet, Budget]], scores: Mapping[str, Tensor]) -> None:
+        """`select` for several sets of masks by the same scores, which are read once where one ranking is global."""
+        pooled = targets[0][1].pooled
+        found: list[list[Tensor]] = [[] for _ in targets]
+        if pooled:
+            pools = [budget.pool for _, budget in targets]
+            found = topk_nested([scores[n] for n in pooled], pools, pattern=self.pattern)
+        for (masks, budget), chosen in zip(targets, found, strict=True):
+            self.select(masks, Budget(budget.each), scores)
+            for name, packed in zip(pooled, chosen, strict=True):
+                masks.set_packed(name, packed)
 
     def live(self, masks: MaskSet, name: str) -> int:
         """How many groups of that weight are live; its blocks are live as a whole."""

@@ -99,15 +99,15 @@ class TopKAST(Repeated, EffectiveSparsifier):
     @torch.no_grad()
     def _update(self) -> None:
         scores = {name: self._theta(name) for name in self.masks}
-        for masks, sparsity in ((self.masks, self.sparsity), (self.backward_masks, self.backward_sparsity)):
-            self.allocation.select(masks, self.allocation.budget(sparsity), scores)
+        sets = (self.masks, self.sparsity), (self.backward_masks, self.backward_sparsity)
+        self.allocation.select_nested([(masks, self.allocation.budget(s)) for masks, s in sets], scores)
         self._refresh_kept()
 
     def _theta(self, name: str) -> Tensor:
         """What weights are ranked by; good until the next step of the optimizer, which needs the memory."""
         weight = self.masks.parameter(name).detach()
-        if self.alpha == 1:
-            return weight
+        if self.alpha == 1 or self.allocation.pattern == "unstructured":
+            return weight  # |theta| of single weights is ordered as |phi|
         theta = self.memory.own(f"{name} before", weight)
         fill_power(weight, self.alpha, theta)
         return theta

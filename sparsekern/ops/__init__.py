@@ -11,8 +11,10 @@ from sparsekern.ops.sparse_linear import sparse_linear
 from sparsekern.ops.sparse_structure import SparseStructure, sparse_structure
 from sparsekern.ops.topk_bounds import topk_bounds
 from sparsekern.ops.topk_mask import topk_mask
+from sparsekern.ops.topk_nested import topk_nested
 
 __all__ = [
     "SparseStructure", "batch_norm", "masked_adamw_", "masked_combine_", "masked_sgd_", "pack_mask", "sparse_conv2d",
-    "sparse_linear", "sparse_structure", "topk_bounds", "topk_mask", "unpack_mask",
+    "sparse_linear", "sparse_structure", "topk_bounds", "topk_mask", "topk_nested",
+    "unpack_mask",
 ]  # fmt: skip

@@ -63,7 +63,7 @@ _BLOCK_AXIS = {"4x1": 0, "1x4": 1}
 _PATTERNS = '"unstructured", "4x1", "1x4" (alias "block4") or "n:m" with 1 <= n <= m, such as "2:4"'
 
 
-def _parse_pattern(pattern: str) -> tuple[str, int, int]:
+def parse_pattern(pattern: str) -> tuple[str, int, int]:
     """The pattern's canonical name with (n, m); n = m = 0 for patterns that take a ``keep``."""
     if isinstance(pattern, str):
         name = "1x4" if pattern == "block4" else pattern
@@ -78,7 +78,7 @@ def _parse_pattern(pattern: str) -> tuple[str, int, int]:
 
 def group_count(shape: Sequence[int], pattern: str) -> int:
     """How many groups ``keep`` can choose from in one tensor; n:m patterns count weights."""
-    axis, count = _BLOCK_AXIS.get(_parse_pattern(pattern)[0]), 1
+    axis, count = _BLOCK_AXIS.get(parse_pattern(pattern)[0]), 1
     for dim, size in enumerate(shape):
         count *= -(-size // 4) if dim == axis else size
     return count
@@ -157,7 +157,7 @@ def check_lists(
 ) -> tuple[str, int, int]:  # fmt: skip
     """The pattern, parsed. ``keep`` must have one entry if ``global_budget``, else one per tensor, and none for n:m;
     ``candidates`` none or one per tensor."""
-    name, n, m = _parse_pattern(pattern)
+    name, n, m = parse_pattern(pattern)
     wanted = 0 if n else 1 if global_budget else len(scores)
     if len(keep) != wanted or len(candidates) not in (0, len(scores)) or any(k < 0 for k in keep):
         raise ValueError(f"keep={keep} must hold {wanted} counts, candidates 0 or {len(scores)}, got {len(candidates)}")
@@ -199,10 +199,10 @@ def fake(
     return [s.new_empty(((s.numel() + 7) // 8,), dtype=torch.uint8) for s in scores], status
 
 
-_op = define(SCHEMA, reference, fake)
+OP = define(SCHEMA, reference, fake)
 
 
-def _check_scores(scores: Sequence[Tensor], name: str) -> None:
+def check_scores(scores: Sequence[Tensor], name: str) -> None:
     if not isinstance(scores, (list, tuple)):
         raise TypeError(f"scores is a {type(scores).__name__}: expected a list of tensors")
     for i, score in enumerate(scores):
@@ -218,7 +218,7 @@ def _check_scores(scores: Sequence[Tensor], name: str) -> None:
             raise ValueError(f"scores[{i}] has {score.dim()} dim(s): expected two or more for pattern={name!r}")
 
 
-def _check_count(label: str, value: object, groups: int) -> int:
+def check_count(label: str, value: object, groups: int) -> int:
     if isinstance(value, (bool, Tensor)) or not isinstance(value, SupportsIndex):
         raise TypeError(f"{label}={value!r} is a {type(value).__name__}: expected an int")
     count = operator.index(value)
@@ -237,10 +237,10 @@ def _check_keep(scores: Sequence[Tensor], keep: object, name: str, n: int) -> tu
         raise ValueError(f"keep=None: expected an int or a list of ints for pattern={name!r}")
     groups = [group_count(score.shape, name) for score in scores]
     if not isinstance(keep, (list, tuple)):
-        return [_check_count("keep", keep, sum(groups))], True
+        return [check_count("keep", keep, sum(groups))], True
     if len(keep) != len(scores):
         raise ValueError(f"keep has {len(keep)} entries: expected {len(scores)}, one per tensor of scores")
-    return [_check_count(f"keep[{i}]", k, g) for i, (k, g) in enumerate(zip(keep, groups, strict=True))], False
+    return [check_count(f"keep[{i}]", k, g) for i, (k, g) in enumerate(zip(keep, groups, strict=True))], False
 
 
 def _check_candidates(scores: Sequence[Tensor], candidates: Sequence[Tensor | None] | None) -> list[Tensor | None]:
@@ -262,7 +262,7 @@ def _check_candidates(scores: Sequence[Tensor], candidates: Sequence[Tensor | No
     return list(candidates)
 
 
-def _raise_status(
+def raise_status(
     status: int, scores: list[Tensor], keep: list[int], name: str, magnitude: bool, allowed: list[Tensor | None]
 ) -> None:
     """Explain a non-zero status. Slow, on the way to an exception only."""
@@ -284,14 +284,14 @@ def topk_mask(
     check: bool = True,
 ) -> list[Tensor]:
     """Packed masks that keep exactly ``keep`` groups; see the head of this file for every rule."""
-    name, n, _ = _parse_pattern(pattern)
-    _check_scores(scores, name)
+    name, n, _ = parse_pattern(pattern)
+    check_scores(scores, name)
     counts, global_budget = _check_keep(scores, keep, name, n)
     allowed = _check_candidates(scores, candidates)
     detached = [score.detach() for score in scores]
-    masks, status = _op(detached, counts, global_budget, name, bool(magnitude), allowed)
+    masks, status = OP(detached, counts, global_budget, name, bool(magnitude), allowed)
     if check and (code := int(status)):
-        _raise_status(code, detached, counts, name, bool(magnitude), allowed)
+        raise_status(code, detached, counts, name, bool(magnitude), allowed)
     return masks
 
 
