@@ -95,6 +95,13 @@ def test_topk_bounds(call, scores, keep, message):
         call("topk_bounds", scores, keep)
 
 
+@pytest.mark.parametrize(("weights", "thresholds"), [([ONE], TWO), (TWO, [ONE.sum()]), (TWO, [ONE, torch.ones(2)])])
+def test_soft_threshold(call, weights, thresholds):
+    with pytest.raises((ValueError, RuntimeError), match="weights|thresholds"):
+        call("soft_threshold_", TWO, weights, thresholds, False)
+    assert all(t.eq(1).all() for t in TWO)
+
+
 @pytest.mark.parametrize(
     ("scores", "keep", "pattern"),
     [([], [0], "4x1"), (TWO, [], "unstructured"), (TWO, [1, -1], "unstructured"), (TWO, [1], "1:2")],

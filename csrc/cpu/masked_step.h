@@ -23,13 +23,14 @@ constexpr int64_t kStepGrain = int64_t{1} << 15;
 // body(tensor, begin, end) over the elements of all tensors, in parallel over the list as a whole. Threads take what is
 // next when they are done, because sparse layers take a fraction of the time of others of their size: at first up to 16
 // tasks, since each fresh start waits for memory, in the end single ones.
+// Ranges begin at multiples of `grains`, by tensor.
 template <class F>
-void step_list(const std::vector<Tensor>& params, const F& body) {
+void step_list(const std::vector<Tensor>& params, const std::vector<int64_t>& grains, const F& body) {
   std::vector<int64_t> first_task{0};
   int64_t elements = 0;
-  for (const Tensor& p : params) {
-    elements += p.numel();
-    first_task.push_back(first_task.back() + (p.numel() + kStepGrain - 1) / kStepGrain);
+  for (size_t i = 0; i < params.size(); ++i) {
+    elements += params[i].numel();
+    first_task.push_back(first_task.back() + (params[i].numel() + grains[i] - 1) / grains[i]);
   }
   const int64_t tasks = first_task.back();
   const auto run = [&](int64_t begin, int64_t end) {
@@ -37,7 +38,7 @@ void step_list(const std::vector<Tensor>& params, const F& body) {
     while (begin < end) {
       while (begin >= first_task[i + 1]) ++i;
       const int64_t until = std::min(end, first_task[i + 1]), size = params[i].numel();
-      body(i, (begin - first_task[i]) * kStepGrain, std::min((until - first_task[i]) * kStepGrain, size));
+      body(i, (begin - first_task[i]) * grains[i], std::min((until - first_task[i]) * grains[i], size));
       begin = until;
     }
   };
@@ -53,6 +54,11 @@ void step_list(const std::vector<Tensor>& params, const F& body) {
       begin = next.load();
     }
   });
+}
+
+template <class F>
+void step_list(const std::vector<Tensor>& params, const F& body) {
+  step_list(params, std::vector<int64_t>(params.size(), kStepGrain), body);
 }
 
 }  // namespace sparsekern

@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from sparsekern.masks import MaskSet
 from sparsekern.methods.base import Sparsifier
 from sparsekern.methods.memory import Memory
-from sparsekern.ops import masked_combine_, unpack_mask
+from sparsekern.ops import masked_combine_, soft_threshold_, unpack_mask
 from sparsekern.ops.masked_combine import OP as MASKED_COMBINE
+from sparsekern.ops.soft_threshold import OP as SOFT_THRESHOLD
+from sparsekern.ops.soft_threshold import by_rows
 from sparsekern.ops.operands import as_layout, is_dense, same_layout
 
 
@@ -283,9 +285,12 @@ def to_device(value: Tensor, weight: Tensor) -> Tensor:
     return value if value.device == weight.device else value.to(weight.device)
 
 
-def fill_shrunk(weight: Tensor, threshold: float, out: Tensor) -> None:
-    """Write sign(w) * relu(|w| - threshold), in one pass."""
-    torch.ops.aten.softshrink.out(weight, threshold, out=out)
+def shrink_one(out: Tensor, weight: Tensor, threshold: Tensor, rescale: bool = False) -> None:
+    """soft_threshold_ of one weight, whose threshold is a float32 or float64 number; `out` is laid out as it is."""
+    if by_rows(out) and threshold.dtype in (torch.float32, torch.float64):
+        SOFT_THRESHOLD([out], [weight], [threshold], rescale)  # unchecked, as in combine_one
+    else:
+        soft_threshold_([out], [weight], [threshold], rescale)
 
 
 def only_unstructured(pattern: str, why: str) -> None:

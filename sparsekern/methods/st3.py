@@ -16,13 +16,14 @@ from torch import Tensor
 from sparsekern.distributions import check_sparsity
 from sparsekern.methods.effective import (
     EffectiveSparsifier,
-    fill_shrunk,
+    combine_one,
     only_unstructured,
+    shrink_one,
     straight_through,
     to_device,
 )
 from sparsekern.methods.repeated import Ramped
-from sparsekern.ops import topk_bounds
+from sparsekern.ops import soft_threshold_, topk_bounds
 from sparsekern.phases import Dense, Phase, Sparse
 from sparsekern.updates import UpdatePlan, UpdateSchedule
 
@@ -32,20 +33,11 @@ def soft_threshold(weight: Tensor, threshold: Tensor) -> Tensor:
 
     The scale of a channel is 1.01 / (r + 0.01), r the share of its mean magnitude that |w| > threshold keeps.
     """
-    size = weight.abs()
-    kept = torch.where(size > threshold, size, 0)
-    dims = tuple(range(1, weight.dim()))
-    share = (kept.mean(dims, keepdim=True) + 1e-6) / (size.mean(dims, keepdim=True) + 1e-6)
-    return 1.01 / (share + 0.01) * weight.sign() * torch.where(size > threshold, size - threshold, 0)
-
-
-def fill_soft_threshold(weight: Tensor, threshold: float, out: Tensor, size: Tensor) -> None:
-    """Write the value of `soft_threshold` into `out`; `size` is another tensor laid out as `weight`, to work in."""
-    dims = tuple(range(1, weight.dim()))
-    whole = torch.abs(weight, out=size).mean(dims, keepdim=True).add_(1e-6)
-    share = torch.hardshrink(size, threshold, out=out).mean(dims, keepdim=True).add_(1e-6).div_(whole)
-    fill_shrunk(weight, threshold, out)
-    out.mul_(1.01 / share.add_(0.01))
+    out = torch.empty_like(weight)
+    # A compiled model takes the formula into its graph.
+    run = soft_threshold_.reference if torch.compiler.is_compiling() else soft_threshold_
+    run([out], [weight], [threshold], rescale=True)
+    return out
 
 
 def quantile(values: Sequence[Tensor], ratio: float) -> Tensor:
@@ -73,8 +65,6 @@ class ST3(Ramped, EffectiveSparsifier):
     """
 
     DEFAULTS = (0.05, 0.5, 1)
-    _fills_on_gpu = False  # the threshold is a number to these kernels
-
     def __init__(
         self,
         sparsity: float,
@@ -99,6 +89,7 @@ class ST3(Ramped, EffectiveSparsifier):
     def _begin(self) -> None:
         self.updated = 0
         self.thresholds: dict[str, Tensor] = {}
+        self._changes = 0
         self._update()
 
     @torch.no_grad()
@@ -110,11 +101,11 @@ class ST3(Ramped, EffectiveSparsifier):
         if ratio and any(w.numel() for w in weights.values()):
             values = [w.detach() for w in weights.values()]
             if self.sigma:
-                values = [
-                    torch.mul(w, factors[name], out=self.memory.own(f"{name} ranked", w))
-                    for name, w in zip(weights, values, strict=True)
-                ]
+                values = [self.memory.own(f"{name} ranked", w) for name, w in zip(weights, values, strict=True)]
+                for (name, w), out in zip(weights.items(), values, strict=True):
+                    combine_one(out, w.detach(), None, None, live=(factors[name], 0.0))
             threshold = quantile(values, ratio)
+        self._changes += 1
         for name, w in weights.items():
             value = 0.0 if threshold is None else threshold / factors[name]
             self.thresholds[name] = torch.as_tensor(value, dtype=w.dtype, device=w.device)
@@ -124,10 +115,10 @@ class ST3(Ramped, EffectiveSparsifier):
         return straight_through(weight, soft_threshold(from_store, to_device(self.thresholds[name], weight)))
 
     def _fill(self, name: str, weight: Tensor, out: Tensor) -> None:
-        fill_soft_threshold(weight, float(self.thresholds[name]), out, self.memory.workspace(weight))
+        shrink_one(out, weight, to_device(self.thresholds[name], weight), rescale=True)
 
     def _cause(self, name: str) -> Any:
-        return float(self.thresholds[name])
+        return self._changes
 
     def masks_are_current(self) -> bool:
         return False  # they follow from weights, which move in every step
@@ -150,6 +141,7 @@ class ST3(Ramped, EffectiveSparsifier):
 
         def install() -> None:
             rest()
+            self._changes += 1
             for name, old in self.thresholds.items():
                 self.thresholds[name] = given[name].to(old.device, old.dtype).clone()
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparsekern.methods.effective import EffectiveSparsifier, fill_shrunk, only_unstructured, to_device
+from sparsekern.methods.effective import EffectiveSparsifier, only_unstructured, shrink_one, to_device
 from sparsekern.methods.held import Constant
 from sparsekern.methods.learnables import Learnables, check_number
 from sparsekern.methods.memory import Memory
@@ -83,7 +83,7 @@ class STR(EffectiveSparsifier):
         return weight.sign() * (weight.abs() - self.threshold(name, weight)).relu()
 
     def _fill(self, name: str, weight: Tensor, out: Tensor) -> None:
-        fill_shrunk(weight, float(self.threshold(name, weight)), out)
+        shrink_one(out, weight, self.threshold(name, weight))
 
     def _connect(self, name: str, weight: Tensor, value: Tensor) -> Tensor:
         return _Shrunk.apply(weight, value, float(self.threshold(name, weight)), self.memory, name)

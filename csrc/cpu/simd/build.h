@@ -5,6 +5,7 @@
 #include "masked_adamw.h"
 #include "masked_combine.h"
 #include "masked_sgd.h"
+#include "soft_threshold.h"
 #include "sparse_dots.h"
 #include "sparse_pack.h"
 #include "sparse_rows.h"

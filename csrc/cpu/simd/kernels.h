@@ -165,6 +165,16 @@ struct BatchNormGradient {
   double eps;
 };
 
+// One entry of soft_threshold_. `row`: the length of a channel to rescale, or 0. `stream` as in masked_combine_.
+struct ShrinkTensor {
+  void* output;
+  const void* weight;
+  double threshold;
+  int64_t row;
+  Dtype dtype;
+  bool stream;
+};
+
 // What a range holds: groups above the bounds asked for, groups within them, NaN.
 struct TopkFound {
   int64_t above, within;

@@ -48,6 +48,8 @@ struct F32x8 {
   }
   F32x8 root() const { return {_mm256_sqrt_ps(v)}; }
   F32x8 negate() const { return {_mm256_xor_ps(v, _mm256_set1_ps(-0.0f))}; }
+  // With the signs of `other`; not negative itself.
+  F32x8 signed_as(F32x8 other) const { return {_mm256_or_ps(v, _mm256_and_ps(other.v, _mm256_set1_ps(-0.0f)))}; }
   F32x8 magnitude() const { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), v)}; }
   static F32x8 splat(float x) { return {_mm256_set1_ps(x)}; }
   // The first n lanes, 0 <= n <= 8; the others are 0, or not stored.

@@ -48,6 +48,10 @@ struct F32x16 {
   }
   F32x16 root() const { return {_mm512_maskz_sqrt_ps(0xffff, v)}; }
   F32x16 negate() const { return {_mm512_xor_ps(v, _mm512_set1_ps(-0.0f))}; }
+  // With the signs of `other`; not negative itself.
+  F32x16 signed_as(F32x16 other) const {
+    return {_mm512_or_ps(v, _mm512_and_ps(other.v, _mm512_set1_ps(-0.0f)))};
+  }
   F32x16 magnitude() const { return {_mm512_andnot_ps(_mm512_set1_ps(-0.0f), v)}; }
   static F32x16 splat(float x) { return {_mm512_set1_ps(x)}; }
   // The first n lanes, 0 <= n <= 16; the others are 0, or not stored.

@@ -63,6 +63,9 @@ inline double square_root(double a) { return __builtin_sqrt(a); }
 inline float absolute(float a) { return __builtin_fabsf(a); }
 inline double absolute(double a) { return __builtin_fabs(a); }
 
+inline float with_sign(float a, float b) { return __builtin_copysignf(a, b); }
+inline double with_sign(double a, double b) { return __builtin_copysign(a, b); }
+
 // To the second level of the cache: `count` floats from p on, which need not be memory.
 template <int64_t kCount>
 inline void fetch(const float* p) {
@@ -103,6 +106,8 @@ struct Lane {
   Lane root() const { return {square_root(value)}; }
   Lane negate() const { return {-value}; }
   Lane magnitude() const { return {absolute(value)}; }
+  // With the signs of `other`; not negative itself.
+  Lane signed_as(Lane other) const { return {with_sign(value, other.value)}; }
   static Lane splat(T x) { return {x}; }
   // The first n lanes, 0 <= n <= 1; the other is 0, or not stored.
   template <class S>
