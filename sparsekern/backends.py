@@ -36,7 +36,10 @@ LOOK_THROUGH = {"sparse_conv2d", "sparse_linear"}
 selection need tables made on the host, and the gradients store where an index says, from which torch concludes that
 they write to the indices."""
 
-PLAIN_ON_GPU = {"batch_norm", "batch_norm_backward", "masked_combine_", "soft_threshold_", "topk_bounds", "topk_nested"}
+PLAIN_ON_GPU = {
+    "batch_norm", "batch_norm_backward", "masked_combine_", "movement_step_", "signed_sums", "soft_threshold_",
+    "threshold_mask", "topk_bounds", "topk_nested",
+}  # fmt: skip
 """Operators whose references do on a GPU: a few of torch's own passes, or (batch_norm) nothing calls them there."""
 
 

@@ -24,12 +24,16 @@ class Learnables:
         self.ratio = ratio
         self.optimizer = MaskedSGD(self.values.values(), lr=0.0, momentum=momentum, weight_decay=weight_decay)
 
+    def rate(self, main: torch.optim.Optimizer, weight: Tensor) -> float:
+        """The learning rate; `weight` is the one whose group in `main` gives it."""
+        rates = [group["lr"] for group in main.param_groups if any(p is weight for p in group["params"])]
+        # A weight outside the optimizer has no rate of its own and follows the first group.
+        return self.ratio * float((rates or [main.param_groups[0]["lr"]])[0])
+
     @torch.no_grad()
     def step(self, main: torch.optim.Optimizer, weight: Tensor, gradients: Mapping[str, Tensor]) -> None:
         """One step with `gradients` by name; `weight` is the one whose group in `main` gives the learning rate."""
-        rates = [group["lr"] for group in main.param_groups if any(p is weight for p in group["params"])]
-        # A weight outside the optimizer has no rate of its own and follows the first group.
-        self.optimizer.param_groups[0]["lr"] = self.ratio * float((rates or [main.param_groups[0]["lr"]])[0])
+        self.optimizer.param_groups[0]["lr"] = self.rate(main, weight)
         for name, gradient in gradients.items():
             value = self.values[name]
             if value.device != gradient.device:

@@ -18,15 +18,14 @@ from sparsekern.methods.allocation import PATTERNS
 from sparsekern.methods.effective import EffectiveSparsifier, only_unstructured
 from sparsekern.methods.learnables import Learnables, check_number
 from sparsekern.methods.repeated import Ramped
-from sparsekern.ops import pack_mask, topk_mask
+from sparsekern.ops import threshold_mask, topk_mask
+from sparsekern.ops.movement_step import launch as step_scores
 from sparsekern.ops.operands import same_layout
-from sparsekern.ops.packing import count_live
 from sparsekern.ops.topk_mask import group_count
 from sparsekern.phases import Dense, Phase, Sparse
 from sparsekern.updates import UpdatePlan, UpdateSchedule
 
 _PUBLISHED_RATIO = 1e-2 / 3e-5
-_ONE = torch.ones(())
 
 
 class _Movement(Ramped, EffectiveSparsifier):
@@ -52,22 +51,41 @@ class _Movement(Ramped, EffectiveSparsifier):
             return value
         return torch.empty_like(weight, dtype=torch.float32).copy_(value)
 
-    def _score_penalty(self, name: str) -> Tensor | None:
-        """What the penalty on scores adds to their gradient."""
-        return None
+    def _penalty(self, name: str) -> float:
+        """The factor of sigmoid'(score) in the gradient of each score."""
+        return 0.0
 
     @torch.no_grad()
     def _before_step(self) -> bool:
         names, weights, gradients = self._gradients()
+        # One pass for what the published methods do. Another type of weights, or momentum, takes several.
+        if not self.momentum_factor and all(w.dtype != torch.float64 for w in weights):
+            return self._step_scores(names, weights, gradients)
         of_scores = {}
         for name, weight, gradient in zip(names, weights, gradients, strict=True):
             of_scores[name] = torch.mul(gradient, weight, out=self.memory.own(f"{name} score", weight, torch.float32))
-            penalty = self._score_penalty(name)
-            if penalty is not None:
-                of_scores[name].add_(self._scaled(penalty))
+            if self._penalty(name):
+                gate = self._scores(name).sigmoid()
+                of_scores[name].add_(self._scaled(self._penalty(name) * (gate * (1 - gate))))
         self._combine(gradients, gradients, [], self.masks, names, live=(1, 0), pruned=(0, 0))
         if weights:
             self.learned.step(self.optimizer, weights[0], of_scores)
+        return False
+
+    def _step_scores(self, names: list[str], weights: list[Tensor], gradients: list[Tensor]) -> bool:
+        by_device: dict[torch.device, list[int]] = {}
+        for i, weight in enumerate(weights):
+            by_device.setdefault(weight.device, []).append(i)
+            self.learned.values[names[i]].data = self._scores(names[i])  # in the order of the mask from now on
+        for device, chosen in by_device.items():
+            own = [names[i] for i in chosen]
+            scaler = {n: getattr(self.optimizer, n, None) for n in ("grad_scale", "found_inf")}
+            step_scores(
+                [self.learned.values[n].detach() for n in own], [gradients[i] for i in chosen],
+                [weights[i] for i in chosen], [self.masks.packed(n) for n in own],
+                lr=self.learned.rate(self.optimizer, weights[0]), penalties=[self._penalty(n) for n in own],
+                **{n: None if t is None else t.to(device) for n, t in scaler.items()},
+            )  # fmt: skip
         return False
 
     def _extra_state(self) -> dict[str, Any]:
@@ -170,12 +188,8 @@ class SoftMovement(_Movement):
     def phase(self) -> Phase:
         return Dense() if self.masks.density() == 1 else Sparse(1 - self.masks.density())
 
-    def _score_penalty(self, name: str) -> Tensor:
-        score = self._scores(name)
-        gate = torch.sigmoid(score, out=self.memory.workspace(score))
-        slope = self.memory.workspace(score, 1)
-        torch.ops.aten.sigmoid_backward.grad_input(_ONE.to(score.device), gate, grad_input=slope)  # (1 - gate) * gate
-        return slope.mul_(self.ramp(self.position, self.penalty) / gate.numel() / len(self.masks))
+    def _penalty(self, name: str) -> float:
+        return self.ramp(self.position, self.penalty) / self.masks.parameter(name).numel() / len(self.masks)
 
     @torch.no_grad()
     def _update(self) -> None:
@@ -183,14 +197,13 @@ class SoftMovement(_Movement):
         # Comparing scores is much cheaper than taking the sigmoid of each.
         least_score = math.log(threshold / (1 - threshold)) if 0 < threshold < 1 else (threshold - 0.5) * math.inf
         scores = {name: self._scores(name) for name in self.masks}
-        kept = {
-            name: pack_mask(torch.gt(score, least_score, out=self.memory.workspace(score, dtype=torch.bool)))
-            for name, score in scores.items()
-        }
-        sums = [count_live(packed) for packed in kept.values()]
-        counts = torch.stack([s.to(sums[0].device) for s in sums]).tolist()  # the device is waited for once
-        for (name, packed), count in zip(kept.items(), counts, strict=True):
-            least = keep_count(scores[name].numel(), 1 - self.floor)
-            few = count < least
-            self.masks.set_packed(name, topk_mask([scores[name]], least, magnitude=False)[0] if few else packed)
+        by_device: dict[torch.device, list[str]] = {}
+        for name, score in scores.items():
+            by_device.setdefault(score.device, []).append(name)
+        for names in by_device.values():
+            kept, counts = threshold_mask([scores[n] for n in names], least_score)
+            for name, packed, count in zip(names, kept, counts.tolist(), strict=True):
+                least = keep_count(scores[name].numel(), 1 - self.floor)
+                few = count < least
+                self.masks.set_packed(name, topk_mask([scores[name]], least, magnitude=False)[0] if few else packed)
         self._refresh_kept()

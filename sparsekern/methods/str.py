@@ -17,6 +17,7 @@ from sparsekern.methods.effective import EffectiveSparsifier, only_unstructured,
 from sparsekern.methods.held import Constant
 from sparsekern.methods.learnables import Learnables, check_number
 from sparsekern.methods.memory import Memory
+from sparsekern.ops import signed_sums
 from sparsekern.phases import Dense
 
 
@@ -93,16 +94,19 @@ class STR(EffectiveSparsifier):
 
     @torch.no_grad()
     def _before_step(self) -> bool:
-        gradients, first = {}, None
-        for name, weight, gradient in self._masked_gradients():
-            first = weight if first is None else first
+        names, weights, gradients = self._gradients()
+        by_kind: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for i, weight in enumerate(weights):
+            by_kind.setdefault((weight.device, weight.dtype), []).append(i)
+        of_thresholds: dict[str, Tensor] = {}
+        for chosen in by_kind.values():
             # The weight's gradient is 0 where the threshold cuts it off, so this sums over the live weights.
-            slope = to_device(self.learned.values[name].detach(), weight).sigmoid()
-            signed = torch.sign(weight, out=self.memory.workspace(weight)).mul_(gradient)
-            total = signed.sum(dtype=torch.float32)
-            gradients[name] = -(slope * (1 - slope) * total).reshape(1)
-        if first is not None:
-            self.learned.step(self.optimizer, first, gradients)
+            sums = signed_sums([gradients[i] for i in chosen], [weights[i] for i in chosen]).float()
+            slope = torch.cat([to_device(self.learned.values[names[i]].detach(), sums) for i in chosen]).sigmoid()
+            found = (slope * (slope - 1) * sums).split(1)
+            of_thresholds.update(zip((names[i] for i in chosen), found, strict=True))
+        if weights:
+            self.learned.step(self.optimizer, weights[0], of_thresholds)
         return False
 
     def masks_are_current(self) -> bool:

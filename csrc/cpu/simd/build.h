@@ -5,11 +5,13 @@
 #include "masked_adamw.h"
 #include "masked_combine.h"
 #include "masked_sgd.h"
+#include "movement_step.h"
 #include "soft_threshold.h"
 #include "sparse_dots.h"
 #include "sparse_pack.h"
 #include "sparse_rows.h"
 #include "sparse_scatter.h"
+#include "threshold_mask.h"
 #include "topk_mask.h"
 #include "topk_n_of_m.h"
 

@@ -165,6 +165,21 @@ struct BatchNormGradient {
   double eps;
 };
 
+// One entry of movement_step_; `dtype`, of gradient and weight, is not float64. `mask` is null for all ones.
+struct MovementTensor {
+  float* score;
+  void* grad;
+  const void* weight;
+  const uint8_t* mask;
+  double penalty;
+  Dtype dtype;
+};
+
+struct MovementOptions {
+  double negative_lr, grad_scale;
+  bool scaled;
+};
+
 // One entry of soft_threshold_. `row`: the length of a channel to rescale, or 0. `stream` as in masked_combine_.
 struct ShrinkTensor {
   void* output;

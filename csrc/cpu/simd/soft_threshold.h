@@ -1,9 +1,7 @@
 // Soft thresholds over a range of one tensor: single weights, or whole output channels that are rescaled. The contract is
 // sparsekern/ops/soft_threshold.py.
 #pragma once
-#include <type_traits>
-
-#include "masked_step.h"
+#include "sums.h"
 
 namespace {
 
@@ -25,7 +23,7 @@ struct Shrink {
 
   inline __attribute__((always_inline)) V value(int64_t i) const {
     const V w = V::load(weight + i), rest = w.magnitude() + negative_threshold;
-    return scale * rest.signed_as(w).unless_at_most_zero(rest);
+    return scale * rest.times_sign(w).unless_at_most_zero(rest);
   }
   inline __attribute__((always_inline)) void update(int64_t i) const { value(i).store(output + i); }
 };
@@ -43,20 +41,10 @@ inline int64_t shrink_all(const Shrink<V, S> k, int64_t i, int64_t end) {
   return i;
 }
 
-template <class V>
-inline double sum_of(V v) {
-  std::conditional_t<sizeof(V) / V::kLanes == 8, double, float> lanes[V::kLanes];
-  v.store(lanes);
-  double sum = 0;
-  for (const auto lane : lanes) sum += static_cast<double>(lane);
-  return sum;
-}
-
 // Adds the magnitudes of [i, end) to `all`, and of those above the threshold to `above`; returns where vectors end.
 template <class V, class S>
 inline int64_t add_sizes(const Shrink<V, S> k, int64_t i, int64_t end, double& all, double& above) {
-  // So many vectors in one float sum that its rounding does not matter.
-  constexpr int64_t kStretch = 256 * V::kLanes;
+  constexpr int64_t kStretch = kSumVectors * V::kLanes;
   while (i + V::kLanes <= end) {
     const int64_t stop = end - i < kStretch ? end : i + kStretch;
     V whole = V::set(0), kept = V::set(0);

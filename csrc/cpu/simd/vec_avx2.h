@@ -48,8 +48,17 @@ struct F32x8 {
   }
   F32x8 root() const { return {_mm256_sqrt_ps(v)}; }
   F32x8 negate() const { return {_mm256_xor_ps(v, _mm256_set1_ps(-0.0f))}; }
-  // With the signs of `other`; not negative itself.
-  F32x8 signed_as(F32x8 other) const { return {_mm256_or_ps(v, _mm256_and_ps(other.v, _mm256_set1_ps(-0.0f)))}; }
+  // Lanes change their sign where that of `other` is negative.
+  F32x8 times_sign(F32x8 other) const { return {_mm256_xor_ps(v, _mm256_and_ps(other.v, _mm256_set1_ps(-0.0f)))}; }
+  // 2^n of lanes n + kPowerBias, n a whole number from -126 to 127.
+  F32x8 power() const {
+    const __m256i shifted = _mm256_slli_epi32(_mm256_castps_si256(v), 23);
+    return {_mm256_castsi256_ps(_mm256_add_epi32(shifted, _mm256_set1_epi32(0x3f800000)))};
+  }
+  // One bit per lane, set where it is above that of `other`; NaN is above nothing.
+  uint32_t above(F32x8 other) const {
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(v, other.v, _CMP_GT_OQ)));
+  }
   F32x8 magnitude() const { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), v)}; }
   static F32x8 splat(float x) { return {_mm256_set1_ps(x)}; }
   // The first n lanes, 0 <= n <= 8; the others are 0, or not stored.

@@ -48,10 +48,17 @@ struct F32x16 {
   }
   F32x16 root() const { return {_mm512_maskz_sqrt_ps(0xffff, v)}; }
   F32x16 negate() const { return {_mm512_xor_ps(v, _mm512_set1_ps(-0.0f))}; }
-  // With the signs of `other`; not negative itself.
-  F32x16 signed_as(F32x16 other) const {
-    return {_mm512_or_ps(v, _mm512_and_ps(other.v, _mm512_set1_ps(-0.0f)))};
+  // Lanes change their sign where that of `other` is negative.
+  F32x16 times_sign(F32x16 other) const {
+    return {_mm512_xor_ps(v, _mm512_and_ps(other.v, _mm512_set1_ps(-0.0f)))};
   }
+  // 2^n of lanes n + kPowerBias, n a whole number from -126 to 127.
+  F32x16 power() const {
+    const __m512i shifted = _mm512_maskz_slli_epi32(0xffff, _mm512_castps_si512(v), 23);
+    return {_mm512_castsi512_ps(_mm512_add_epi32(shifted, _mm512_set1_epi32(0x3f800000)))};
+  }
+  // One bit per lane, set where it is above that of `other`; NaN is above nothing.
+  uint32_t above(F32x16 other) const { return _mm512_cmp_ps_mask(v, other.v, _CMP_GT_OQ); }
   F32x16 magnitude() const { return {_mm512_andnot_ps(_mm512_set1_ps(-0.0f), v)}; }
   static F32x16 splat(float x) { return {_mm512_set1_ps(x)}; }
   // The first n lanes, 0 <= n <= 16; the others are 0, or not stored.

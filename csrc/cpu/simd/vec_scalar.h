@@ -66,6 +66,9 @@ inline double absolute(double a) { return __builtin_fabs(a); }
 inline float with_sign(float a, float b) { return __builtin_copysignf(a, b); }
 inline double with_sign(double a, double b) { return __builtin_copysign(a, b); }
 
+// Added to a whole number, it leaves that in the lowest bits of the float.
+constexpr float kPowerBias = 12582912.0f;
+
 // To the second level of the cache: `count` floats from p on, which need not be memory.
 template <int64_t kCount>
 inline void fetch(const float* p) {
@@ -106,9 +109,13 @@ struct Lane {
   Lane root() const { return {square_root(value)}; }
   Lane negate() const { return {-value}; }
   Lane magnitude() const { return {absolute(value)}; }
-  // With the signs of `other`; not negative itself.
-  Lane signed_as(Lane other) const { return {with_sign(value, other.value)}; }
+  // Lanes change their sign where that of `other` is negative.
+  Lane times_sign(Lane other) const { return {value * with_sign(T(1), other.value)}; }
   static Lane splat(T x) { return {x}; }
+  // One bit per lane, set where it is above that of `other`; NaN is above nothing.
+  uint32_t above(Lane other) const { return value > other.value; }
+  // 2^n of a float lane n + kPowerBias, n a whole number from -126 to 127.
+  Lane power() const { return {as_float((as_bits(value) << 23) + 0x3f800000u)}; }
   // The first n lanes, 0 <= n <= 1; the other is 0, or not stored.
   template <class S>
   static Lane load(const S* p, int64_t n) {
