@@ -8,12 +8,14 @@ import torch
 import sparsekern as sk
 
 
-def run(backend, scores, keep):
-    return (sk.ops.topk_bounds.reference if backend == "reference" else sk.ops.topk_bounds)(scores, keep).tolist()
+def run(backend, scores, keep, *rest):
+    return (sk.ops.topk_bounds.reference if backend == "reference" else sk.ops.topk_bounds)(scores, keep, *rest).tolist()
 
 
-def expected(scores, keep):
-    sizes = torch.cat([s.double().abs().flatten() for s in scores]).sort(descending=True).values.tolist()
+def expected(scores, keep, factors=(1.0, 1.0, 1.0)):
+    compute = torch.promote_types(torch.float32, scores[0].dtype)
+    sizes = [s.to(compute).mul(f).double().abs().flatten() for s, f in zip(scores, factors, strict=False)]
+    sizes = torch.cat(sizes).sort(descending=True).values.tolist()
     return [sizes[keep - 1] if keep else math.inf, sizes[keep] if keep < len(sizes) else -math.inf]
 
 
@@ -25,6 +27,8 @@ def test_every_count(backend, dtype, sizes):
     total = sum(sizes)
     for keep in sorted({0, 1, total // 3, total // 2, total - 1, total}):
         assert run(backend, scores, keep) == expected(scores, keep), keep
+        factors = [0.1, 3.0, 0.7][: len(sizes)]
+        assert run(backend, scores, keep, factors) == expected(scores, keep, factors), keep
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -38,7 +42,8 @@ def test_many(backend, share, tied):
     if tied:
         scores[1][::2] = 0.5
     keep = round(share * sum(s.numel() for s in scores))
-    assert run(backend, scores, keep) == expected(scores, keep)
+    for factors in ([1.0] * 3, [0.3, 1.0, 1.1]):
+        assert run(backend, scores, keep, factors) == expected(scores, keep, factors)
 
 
 def test_extremes_and_nan(backend):
@@ -58,7 +63,8 @@ def test_bad_input_is_named():
         ([], 0, ValueError, "scores must hold at least one"),
         ([torch.ones(3)], 4, ValueError, "keep must be from 0 to 3"),
         ([torch.ones(3)], -1, ValueError, "keep must be from 0 to 3"),
+        ([torch.ones(3)], (1, [1.0, 2.0]), ValueError, "factors must be empty or hold 1 numbers"),
         ([torch.ones(3).long()], 1, TypeError, r"scores\[0\] must be"),
     ]:
         with pytest.raises(error, match=words):
-            sk.ops.topk_bounds(scores, keep)
+            sk.ops.topk_bounds(scores, *(keep if isinstance(keep, tuple) else (keep,)))

@@ -44,7 +44,8 @@ void add_scores(Scores& all, const Tensor& given, const Tensor& mask, const std:
                dtype_of("topk_mask", s),
                block,
                magnitude,
-               false};
+               false,
+               1};
   int64_t groups = weights;
   TopkLayout layout{{}, {}, true};
   if (weights > 0) {
@@ -206,7 +207,7 @@ double magnitude_of(uint64_t key, bool wide) {
   return std::bit_cast<double>(key - 1);
 }
 
-Tensor topk_bounds_cpu(std::vector<Tensor> scores, int64_t keep) {
+Tensor topk_bounds_cpu(std::vector<Tensor> scores, int64_t keep, std::vector<double> factors) {
   Scores all;
   int64_t total = 0;
   bool wide = false, nan = false;
@@ -220,7 +221,11 @@ Tensor topk_bounds_cpu(std::vector<Tensor> scores, int64_t keep) {
     total += s.numel();
   }
   STD_TORCH_CHECK(0 <= keep && keep <= total, "topk_bounds: keep must be from 0 to the number of scores");
-  for (TopkTensor& t : all.tensors) t.wide = wide;
+  STD_TORCH_CHECK(factors.empty() || factors.size() == scores.size(), "topk_bounds: factors must match scores");
+  for (size_t i = 0; i < scores.size(); ++i) {
+    all.tensors[i].wide = wide;
+    if (!factors.empty()) all.tensors[i].factor = factors[i];
+  }
   const TopkSpan span(all.tensors.data(), all.groups);
   double chosen = std::numeric_limits<double>::infinity(), left = -chosen;
   if (0 < keep && keep < total) {

@@ -16,7 +16,6 @@ from torch import Tensor
 from sparsekern.distributions import check_sparsity
 from sparsekern.methods.effective import (
     EffectiveSparsifier,
-    combine_one,
     only_unstructured,
     shrink_one,
     straight_through,
@@ -40,15 +39,15 @@ def soft_threshold(weight: Tensor, threshold: Tensor) -> Tensor:
     return out
 
 
-def quantile(values: Sequence[Tensor], ratio: float) -> Tensor:
+def quantile(values: Sequence[Tensor], ratio: float, factors: Sequence[float] = ()) -> Tensor:
     """The `ratio` quantile of the magnitudes of all `values` together, by linear interpolation, in float64.
 
-    As torch.quantile, which is limited to 2^24 values and sorts them. There must be a value, and no NaN.
+    With `factors`, one per tensor, of |factor * value|. As torch.quantile, which is limited to 2^24 values and sorts them. There must be a value, and no NaN.
     """
     total = sum(v.numel() for v in values)
     place = ratio * (total - 1)
     below = math.floor(place)
-    high, low = topk_bounds(values, total - 1 - below).unbind()
+    high, low = topk_bounds(values, total - 1 - below, factors).unbind()
     if bool(low.isnan()):
         raise ValueError("weights: NaN among them, so that there is no threshold: expected numbers")
     # At ratio 1 nothing lies above.
@@ -100,11 +99,7 @@ class ST3(Ramped, EffectiveSparsifier):
         threshold = None
         if ratio and any(w.numel() for w in weights.values()):
             values = [w.detach() for w in weights.values()]
-            if self.sigma:
-                values = [self.memory.own(f"{name} ranked", w) for name, w in zip(weights, values, strict=True)]
-                for (name, w), out in zip(weights.items(), values, strict=True):
-                    combine_one(out, w.detach(), None, None, live=(factors[name], 0.0))
-            threshold = quantile(values, ratio)
+            threshold = quantile(values, ratio, list(factors.values()) if self.sigma else ())
         self._changes += 1
         for name, w in weights.items():
             value = 0.0 if threshold is None else threshold / factors[name]

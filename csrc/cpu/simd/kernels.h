@@ -77,6 +77,7 @@ struct TopkTensor {
   int64_t axis, inner;
   Dtype dtype;
   bool block, magnitude, wide;
+  double factor;
 };
 
 // The histogram of key bits [shift, shift + bits) among the keys whose higher bits are `prefix`.

@@ -174,6 +174,13 @@ inline bool keys_of_values(const V* values, int64_t n, Key* out) {
   return nan != 0;
 }
 
+// n values times a factor, in `buffer`, where they may be.
+template <class V>
+inline const V* multiplied(const V* values, int64_t n, V factor, V* buffer) {
+  for (int64_t i = 0; i < n; ++i) buffer[i] = values[i] * factor;
+  return buffer;
+}
+
 // The float or double scores of groups [begin, end), at most kKeyBuffer of them, in place or in `buffer`.
 template <bool kMagnitude, class S, class V>
 inline const V* group_values(const TopkTensor& t, int64_t begin, int64_t end, V* buffer) {
@@ -183,7 +190,8 @@ inline const V* group_values(const TopkTensor& t, int64_t begin, int64_t end, V*
       return buffer;
     }
   }
-  return widened(static_cast<const S*>(t.score) + begin, end - begin, buffer);
+  const V* const values = widened(static_cast<const S*>(t.score) + begin, end - begin, buffer);
+  return t.factor == 1 ? values : multiplied(values, end - begin, static_cast<V>(t.factor), buffer);
 }
 
 // The float32 ones, on the fly or widened from any dtype.
