@@ -102,6 +102,20 @@ def test_soft_threshold(call, weights, thresholds):
     assert all(t.eq(1).all() for t in TWO)
 
 
+@pytest.mark.parametrize("changes", [{"grads": [ONE]}, {"weights": [ONE]}, {"masks": [None]}, {"penalties": [1.0]}])
+def test_movement_step(call, changes):
+    operands = {"scores": TWO, "grads": TWO, "weights": TWO, "masks": NO_MASKS, "lr": 0.1, "penalties": [0.0, 0.0]}
+    with pytest.raises((ValueError, RuntimeError), match=next(iter(changes))):
+        call("movement_step_", **{**operands, **changes})
+    assert all(t.eq(1).all() for t in TWO)
+
+
+def test_sums_and_thresholds(call):
+    for name, *operands in [("signed_sums", [], []), ("signed_sums", TWO, [ONE]), ("threshold_mask", [], 0.0)]:
+        with pytest.raises((ValueError, RuntimeError), match="values"):
+            call(name, *operands)
+
+
 @pytest.mark.parametrize(
     ("scores", "keep", "pattern"),
     [([], [0], "4x1"), (TWO, [], "unstructured"), (TWO, [1, -1], "unstructured"), (TWO, [1], "1:2")],

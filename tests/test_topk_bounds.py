@@ -9,7 +9,9 @@ import sparsekern as sk
 
 
 def run(backend, scores, keep, *rest):
-    return (sk.ops.topk_bounds.reference if backend == "reference" else sk.ops.topk_bounds)(scores, keep, *rest).tolist()
+    return (sk.ops.topk_bounds.reference if backend == "reference" else sk.ops.topk_bounds)(
+        scores, keep, *rest
+    ).tolist()
 
 
 def expected(scores, keep, factors=(1.0, 1.0, 1.0)):

@@ -33,8 +33,8 @@ Tensor signed_sums_cpu(std::vector<Tensor> values, std::vector<Tensor> signs) {
           std::min(begin + kStepGrain, end), &parts[i][begin / kStepGrain]);
     }
   });
-  Tensor result = torch::stable::new_empty(values[0], {static_cast<int64_t>(values.size())},
-                                           torch::headeronly::ScalarType::Double);
+  Tensor result =
+      torch::stable::new_empty(values[0], {static_cast<int64_t>(values.size())}, torch::headeronly::ScalarType::Double);
   double* const out = result.mutable_data_ptr<double>();
   for (size_t i = 0; i < parts.size(); ++i) out[i] = std::accumulate(parts[i].begin(), parts[i].end(), 0.0);
   return result;

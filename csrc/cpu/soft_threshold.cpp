@@ -41,8 +41,12 @@ void soft_threshold_cpu(std::vector<Tensor> outputs, std::vector<Tensor> weights
       grains[i] = row * std::max<int64_t>(1, kStepGrain / row);
     }
     STD_TORCH_CHECK(thresholds[i].numel() == 1, kOp, ": thresholds[", i, "] must be one number");
-    tensors[i] = {out.mutable_data_ptr(),        weights[i].const_data_ptr(), step_scalar(kOp, thresholds[i]), row,
-                  dtype_of(kOp, out), false};
+    tensors[i] = {out.mutable_data_ptr(),
+                  weights[i].const_data_ptr(),
+                  step_scalar(kOp, thresholds[i]),
+                  row,
+                  dtype_of(kOp, out),
+                  false};
     tensors[i].stream = streams(tensors[i], out.numel());
   }
   const auto shrink = kernels().soft_threshold;

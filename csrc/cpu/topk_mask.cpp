@@ -1,5 +1,5 @@
-// Host side of topk_mask, topk_nested and topk_bounds on CPU: checks, lays out, selects. The contracts are their files in
-// sparsekern/ops.
+// Host side of topk_mask, topk_nested and topk_bounds on CPU: checks, lays out, selects. The contracts are their files
+// in sparsekern/ops.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

@@ -19,7 +19,7 @@ namespace {
 
 constexpr int64_t kMostSamples = int64_t{1} << 15;
 // Below this many groups the passes of the radix selection stay in cache, and the sample would not pay.
-constexpr int64_t kSampleFrom = int64_t{1} << 18;
+constexpr int64_t kSampleFrom = int64_t{1} << 17;
 // Collected groups take 6 bytes each: at most a sixteenth of the size of float32 scores.
 constexpr int64_t kCollectedShare = 24;
 
@@ -32,7 +32,7 @@ struct Bracket {
 // a long list, where collecting costs more than the sample.
 int64_t sample_size(double share, int64_t total) {
   const int64_t precise = static_cast<int64_t>(320.0 * 320.0 * share * (1 - share));
-  return std::min(std::max({precise, total / 1024, int64_t{1024}}), std::min(kMostSamples, total / 32));
+  return std::min(std::max({precise, total / 1024, int64_t{1024}}), std::min(kMostSamples, total / 16));
 }
 
 // The keys of so many groups.
@@ -210,7 +210,8 @@ void settle(const TopkSpan& span, const TopkLayout* layouts, const Scan& scan, c
   if (split) topk_choose_ties(span, layouts, *split, threshold.key);
 }
 
-// The brackets of all choices and what the pass finds; no bracket where sampling does not serve, or too much lies in it.
+// The brackets of all choices and what the pass finds; no bracket where sampling does not serve, or too much lies in
+// it.
 void sample_and_scan(std::vector<Choice*> choices, int64_t total) {
   const TopkSpan& span = choices[0]->span;
   if (total < kSampleFrom || span.tensors[0].wide) return;

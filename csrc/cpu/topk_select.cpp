@@ -181,7 +181,8 @@ int64_t topk_select(const std::vector<const TopkSpan*>& spans, const TopkLayout*
   }
   if (chosen.empty()) return status;
   const std::vector<std::optional<int64_t>> found = topk_sample_select(chosen, layouts, wanted, total);
-  for (size_t i = 0; i < chosen.size(); ++i) status |= found[i] ? *found[i] : radix_select(*chosen[i], layouts, wanted[i]);
+  for (size_t i = 0; i < chosen.size(); ++i)
+    status |= found[i] ? *found[i] : radix_select(*chosen[i], layouts, wanted[i]);
   return status;
 }
 

@@ -29,7 +29,13 @@ void masked_sgd_cuda(std::vector<Tensor> params, std::vector<Tensor> grads, std:
   if (count == 0) return;
   const OnDeviceOf device(fresh);
   const DeviceScalar scale = device_scalar(kOp, grad_scale), inf = device_scalar(kOp, found_inf);
-  const SgdStep step{-lr, mu, 1 - dampening, weight_decay, nesterov, maximize, momentum_policy == "decay",
+  const SgdStep step{-lr,
+                     mu,
+                     1 - dampening,
+                     weight_decay,
+                     nesterov,
+                     maximize,
+                     momentum_policy == "decay",
                      momentum_policy == "freeze"};
   for (auto& [dtype, tensors] : lists.by_dtype) {
     check_launch(kOp, masked_sgd(dtype, tensors.data(), static_cast<int64_t>(tensors.size()), step,

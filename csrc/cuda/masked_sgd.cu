@@ -36,18 +36,9 @@ template <class S>
 int sgd_typed(StepTensor* tensors, int64_t count, const SgdStep& o, const uint8_t* fresh, DeviceScalar grad_scale,
               DeviceScalar found_inf, void* stream) {
   using C = typename ComputeOf<S>::type;
-  const SgdUpdate<C> update{C(o.negative_lr),
-                            C(o.mu),
-                            C(o.weight_decay),
-                            C(o.one_minus_dampening),
-                            C(1),
-                            grad_scale,
-                            fresh,
-                            o.nesterov,
-                            o.maximize,
-                            o.keep_pruned_momentum,
-                            o.freeze_pruned,
-                            false};
+  const SgdUpdate<C> update{
+      C(o.negative_lr), C(o.mu),    C(o.weight_decay),      C(o.one_minus_dampening), C(1), grad_scale, fresh,
+      o.nesterov,       o.maximize, o.keep_pruned_momentum, o.freeze_pruned,          false};
   return o.mu != 0 ? launch_step<S, 1, 1>(tensors, count, update, found_inf, stream)
                    : launch_step<S, 1, 0>(tensors, count, update, found_inf, stream);
 }

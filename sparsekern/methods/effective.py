@@ -22,11 +22,10 @@ from torch import Tensor, nn
 from sparsekern.masks import MaskSet
 from sparsekern.methods.base import Sparsifier
 from sparsekern.methods.memory import Memory
-from sparsekern.ops import masked_combine_, soft_threshold_, unpack_mask
-from sparsekern.ops.masked_combine import OP as MASKED_COMBINE
-from sparsekern.ops.soft_threshold import OP as SOFT_THRESHOLD
-from sparsekern.ops.soft_threshold import by_rows
-from sparsekern.ops.operands import as_layout, is_dense, same_layout
+from sparsekern.methods.one_layer import combine_one
+from sparsekern.ops import unpack_mask
+from sparsekern.ops.masked_combine import launch as combine
+from sparsekern.ops.operands import as_layout
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -239,9 +238,9 @@ class EffectiveSparsifier(Sparsifier):
         for device, chosen in by_device.items():
             # A gradient need not lie as its weight does, in whose order the mask is.
             laid = [as_layout(outputs[i], masks.parameter(names[i])) for i in chosen]
-            masked_combine_(
+            combine(  # unchecked: all of these are made to fit
                 laid, laid if first is outputs else [first[i] for i in chosen], [second[i] for i in chosen if second],
-                [masks.packed(names[i]) for i in chosen], scale=None if scale is None else scale.to(device),
+                [], [masks.packed(names[i]) for i in chosen], scale=None if scale is None else scale.to(device),
                 within=[] if within is None else [within.packed(names[i]) for i in chosen], **factors,
             )  # fmt: skip
             for i, result in zip(chosen, laid, strict=True):
@@ -265,32 +264,9 @@ class EffectiveSparsifier(Sparsifier):
         return super().finalize()
 
 
-def combine_one(
-    out: Tensor, first: Tensor, times: Tensor | None, packed: Tensor | None, live: tuple[float, float]
-) -> None:
-    """live[0] * first + live[1] * first * |times| where the packed mask has a bit, else 0, into `out`."""
-    second, times = ([], []) if times is None else ([first], [times])
-    if is_dense(out) and same_layout(first, out):
-        # The operator itself: what its function checks holds, and its time would count here, once for each layer.
-        MASKED_COMBINE(
-            [out], [first], second, [packed], live=live, pruned=(0.0, 0.0), scale=None, times=times, magnitude=True,
-            within=[],
-        )  # fmt: skip
-    else:
-        masked_combine_([out], [first], second, [packed], live=live, pruned=(0, 0), times=times, magnitude=True)
-
-
 def to_device(value: Tensor, weight: Tensor) -> Tensor:
     """`value` on the device of `weight`, which may have moved since."""
     return value if value.device == weight.device else value.to(weight.device)
-
-
-def shrink_one(out: Tensor, weight: Tensor, threshold: Tensor, rescale: bool = False) -> None:
-    """soft_threshold_ of one weight, whose threshold is a float32 or float64 number; `out` is laid out as it is."""
-    if by_rows(out) and threshold.dtype in (torch.float32, torch.float64):
-        SOFT_THRESHOLD([out], [weight], [threshold], rescale)  # unchecked, as in combine_one
-    else:
-        soft_threshold_([out], [weight], [threshold], rescale)
 
 
 def only_unstructured(pattern: str, why: str) -> None:

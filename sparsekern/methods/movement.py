@@ -65,8 +65,9 @@ class _Movement(Ramped, EffectiveSparsifier):
         for name, weight, gradient in zip(names, weights, gradients, strict=True):
             of_scores[name] = torch.mul(gradient, weight, out=self.memory.own(f"{name} score", weight, torch.float32))
             if self._penalty(name):
-                gate = self._scores(name).sigmoid()
-                of_scores[name].add_(self._scaled(self._penalty(name) * (gate * (1 - gate))))
+                score = self._scores(name)
+                slope = score.sigmoid() * (-score).sigmoid()
+                of_scores[name].add_(self._scaled(self._penalty(name) * slope))
         self._combine(gradients, gradients, [], self.masks, names, live=(1, 0), pruned=(0, 0))
         if weights:
             self.learned.step(self.optimizer, weights[0], of_scores)

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparsekern.methods.allocation import Allocation
-from sparsekern.methods.effective import EffectiveSparsifier, combine_one
+from sparsekern.methods.effective import EffectiveSparsifier
 from sparsekern.methods.held import Constant
 from sparsekern.methods.memory import Memory
+from sparsekern.methods.one_layer import combine_one
 from sparsekern.phases import Dense, Phase, PhaseSchedule, Sparse
 
 

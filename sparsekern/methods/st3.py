@@ -14,13 +14,8 @@ import torch
 from torch import Tensor
 
 from sparsekern.distributions import check_sparsity
-from sparsekern.methods.effective import (
-    EffectiveSparsifier,
-    only_unstructured,
-    shrink_one,
-    straight_through,
-    to_device,
-)
+from sparsekern.methods.effective import EffectiveSparsifier, only_unstructured, straight_through, to_device
+from sparsekern.methods.one_layer import shrink_one
 from sparsekern.methods.repeated import Ramped
 from sparsekern.ops import soft_threshold_, topk_bounds
 from sparsekern.phases import Dense, Phase, Sparse
@@ -42,7 +37,8 @@ def soft_threshold(weight: Tensor, threshold: Tensor) -> Tensor:
 def quantile(values: Sequence[Tensor], ratio: float, factors: Sequence[float] = ()) -> Tensor:
     """The `ratio` quantile of the magnitudes of all `values` together, by linear interpolation, in float64.
 
-    With `factors`, one per tensor, of |factor * value|. As torch.quantile, which is limited to 2^24 values and sorts them. There must be a value, and no NaN.
+    With `factors`, one per tensor, of |factor * value|. As torch.quantile, which is limited to 2^24 values and sorts
+    them. There must be a value, and no NaN.
     """
     total = sum(v.numel() for v in values)
     place = ratio * (total - 1)
@@ -64,6 +60,7 @@ class ST3(Ramped, EffectiveSparsifier):
     """
 
     DEFAULTS = (0.05, 0.5, 1)
+
     def __init__(
         self,
         sparsity: float,

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparsekern.methods.effective import EffectiveSparsifier, only_unstructured, shrink_one, to_device
+from sparsekern.methods.effective import EffectiveSparsifier, only_unstructured, to_device
 from sparsekern.methods.held import Constant
 from sparsekern.methods.learnables import Learnables, check_number
 from sparsekern.methods.memory import Memory
+from sparsekern.methods.one_layer import shrink_one
 from sparsekern.ops import signed_sums
 from sparsekern.phases import Dense
 
@@ -75,6 +76,7 @@ class STR(EffectiveSparsifier):
     def _begin(self) -> None:
         starts = {n: torch.full((1,), float(self.start), device=self.masks.parameter(n).device) for n in self.masks}
         self.learned = Learnables(starts, self.lr_ratio, self.momentum_factor, self.decay)
+        self._present: dict[str, Tensor] = {}
 
     def threshold(self, name: str, weight: Tensor) -> Tensor:
         """sigmoid(t) of that weight, on its device and in its type."""
@@ -84,10 +86,12 @@ class STR(EffectiveSparsifier):
         return weight.sign() * (weight.abs() - self.threshold(name, weight)).relu()
 
     def _fill(self, name: str, weight: Tensor, out: Tensor) -> None:
-        shrink_one(out, weight, self.threshold(name, weight))
+        # One for both, in as few passes of small tensors as can be.
+        self._present[name] = self.threshold(name, weight)
+        shrink_one(out, weight, self._present[name])
 
     def _connect(self, name: str, weight: Tensor, value: Tensor) -> Tensor:
-        return _Shrunk.apply(weight, value, float(self.threshold(name, weight)), self.memory, name)
+        return _Shrunk.apply(weight, value, float(self._present[name]), self.memory, name)
 
     def _cause(self, name: str) -> Any:
         return self.learned.values[name]._version

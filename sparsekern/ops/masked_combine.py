@@ -13,8 +13,8 @@ a mask is 0 and puts back what was to stay.
 - `times` is an empty list where there is no such factor; with `magnitude` the factor is |times|.
 - `masks[i]` holds packed bits in the storage order of `outputs[i]` (see `pack_mask`) or is None: all ones. So does
   `within[i]`, which chooses as masks do; an empty list is all ones.
-- `second` may be an empty list if both of its coefficients are 0. `outputs[i]` may be `first[i]`, `second[i]` or `times[i]`
-  itself.
+- `second` may be an empty list if both of its coefficients are 0. `outputs[i]` may be `first[i]`, `second[i]` or
+  `times[i]` itself.
 - bfloat16 and float16 compute in float32 and round once when they are stored. Coefficients are rounded to the compute
   type.
 
@@ -112,8 +112,16 @@ def masked_combine_(
         check_scalar("scale", scale, outputs[0].device)
     apart = {n: [t for t, o in zip(v, outputs, strict=bool(v)) if t is not o] for n, v in read.items()}
     check_overlap({"outputs": outputs}, {**apart, "masks, within": [m for m in (*masks, *within) if m is not None]})
+    launch(
+        outputs, *read.values(), masks, live=live, pruned=pruned, scale=scale, magnitude=magnitude, within=within
+    )  # fmt: skip
+
+
+def launch(outputs, first, second, times, masks, *, live, pruned, scale=None, magnitude=False, within=()) -> None:
+    """The operator on operands that fit each other, of any strides."""
+    # The kernel walks storage.
     dense = [o if is_dense(o) else torch.empty_like(o) for o in outputs]
-    first, second, times = ([as_layout(t, o) for t, o in zip(v, dense, strict=bool(v))] for v in read.values())
+    first, second, times = ([as_layout(t, o) for t, o in zip(v, dense, strict=bool(v))] for v in (first, second, times))
     with torch.no_grad():
         OP(
             dense, first, second, masks, live=list(map(float, live)), pruned=list(map(float, pruned)), scale=scale,

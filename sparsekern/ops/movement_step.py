@@ -1,7 +1,7 @@
-"""movement_step_: one step of SGD for the scores of movement pruning, and the gradient that its weights get, in one pass.
+"""movement_step_: a step of SGD for the scores of movement pruning, and the gradient that its weights get, in one pass.
 
     u = grad * weight / grad_scale                             the loss's gradient by the score, straight through
-    u = u + penalty * sigmoid(score) * (1 - sigmoid(score))    if the penalty is not 0
+    u = u + penalty * sigmoid(score) * sigmoid(-score)         if the penalty is not 0
     score = score - lr * u
     grad = 0                                                   where the mask is 0
 
@@ -36,8 +36,7 @@ def reference(scores, grads, weights, masks, *, lr, penalties, grad_scale=None, 
         if grad_scale is not None:
             u = u / grad_scale.float()
         if penalty != 0:
-            gate = score.sigmoid()
-            u = u + penalty * (gate * (1 - gate))
+            u = u + penalty * (score.sigmoid() * (-score).sigmoid())
         new, kept = score.sub(u, alpha=lr), grad if mask is None else torch.where(unpack_mask(mask, score), grad, 0)
         if found_inf is not None:
             real = found_inf.reshape(()) == 0
@@ -96,7 +95,9 @@ def movement_step_(
     for name, t in (("grad_scale", grad_scale), ("found_inf", found_inf)):
         if t is not None and scores:
             check_scalar(name, t, scores[0].device)
-    check_overlap({"scores": scores, "grads": grads}, {"weights": weights, "masks": [m for m in masks if m is not None]})
+    check_overlap(
+        {"scores": scores, "grads": grads}, {"weights": weights, "masks": [m for m in masks if m is not None]}
+    )
     launch(scores, grads, weights, masks, lr=lr, penalties=penalties, grad_scale=grad_scale, found_inf=found_inf)
 
 

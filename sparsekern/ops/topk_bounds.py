@@ -1,11 +1,11 @@
 """topk_bounds: the magnitudes on both sides of a global top-k choice.
 
-A float64 tensor of two numbers on the device of the scores: the lowest magnitude among the ``keep`` highest of the whole
-list, and the highest among the others. Exact. With `factors`, one number per tensor, magnitudes are |factor * score|,
-rounded once, to float64 if any score is that, else to float32, as factors are. Infinity stands for the first if ``keep`` is 0, minus infinity for the
+A float64 tensor of two numbers on the device of the scores: the lowest |score| among the ``keep`` highest of the whole
+list, and the highest among the others. Exact. Infinity stands for the first if ``keep`` is 0, minus infinity for the
 second if everything is kept, and both are NaN if any score is. Scores are float16, bfloat16, float32 or float64, of any
-strides. Nothing is sorted or copied as a whole on a CPU; on a GPU the reference serves it, which does both. Not
-differentiable.
+strides. With ``factors``, one number per tensor, scores are multiplied by them first: factor and product are rounded to
+float64 if any score is of that type, else to float32. Nothing is sorted or copied as a whole on a CPU; on a GPU the
+reference serves it, which does both. Not differentiable.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """topk_nested: the masks of several global top-k choices among the same scores.
 
-For each count of `keep` it gives what `topk_mask` gives for that count over the whole list, bit for bit; a mask of fewer
-groups lies inside those of more. Single weights and blocks; an n:m pattern has no count. On a CPU the scores are read
-once. On a GPU, and where nothing is compiled, the reference serves it: one `topk_mask` for each count.
+For each count of `keep` it gives what `topk_mask` gives for that count over the whole list, bit for bit; a mask of
+fewer groups lies inside those of more. Single weights and blocks; an n:m pattern has no count. On a CPU the scores are
+read once. On a GPU, and where nothing is compiled, the reference serves it: one `topk_mask` for each count.
 """
 
 from __future__ import annotations

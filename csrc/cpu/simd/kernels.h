@@ -68,7 +68,8 @@ struct CombineOptions {
 
 // One score tensor of topk_mask in storage order: (outer, axis, inner), cut along `axis` into blocks of four if
 // `block`, else single weights. `chosen` has one bit per group, and is the mask itself for single weights; `allowed`
-// has the candidates, one bit per group, or is null. `wide` asks for 64-bit keys, which order float64 values.
+// has the candidates, one bit per group, or is null. `wide` asks for 64-bit keys, which order float64 values. Single
+// weights are multiplied by `factor` before they are ranked.
 struct TopkTensor {
   const void* score;
   uint8_t* mask;

@@ -1,5 +1,5 @@
-// Soft thresholds over a range of one tensor: single weights, or whole output channels that are rescaled. The contract is
-// sparsekern/ops/soft_threshold.py.
+// Soft thresholds over a range of one tensor: single weights, or whole output channels that are rescaled. The contract
+// is sparsekern/ops/soft_threshold.py.
 #pragma once
 #include "sums.h"
 

@@ -49,9 +49,7 @@ struct F32x16 {
   F32x16 root() const { return {_mm512_maskz_sqrt_ps(0xffff, v)}; }
   F32x16 negate() const { return {_mm512_xor_ps(v, _mm512_set1_ps(-0.0f))}; }
   // Lanes change their sign where that of `other` is negative.
-  F32x16 times_sign(F32x16 other) const {
-    return {_mm512_xor_ps(v, _mm512_and_ps(other.v, _mm512_set1_ps(-0.0f)))};
-  }
+  F32x16 times_sign(F32x16 other) const { return {_mm512_xor_ps(v, _mm512_and_ps(other.v, _mm512_set1_ps(-0.0f)))}; }
   // 2^n of lanes n + kPowerBias, n a whole number from -126 to 127.
   F32x16 power() const {
     const __m512i shifted = _mm512_maskz_slli_epi32(0xffff, _mm512_castps_si512(v), 23);
