@@ -63,6 +63,7 @@ bench: build  ## quick benchmarks, each within a minute on a quiet machine
 	$(BIN)/python -m benchmarks.bench_topk_mask --quick
 	$(BIN)/python -m benchmarks.bench_sparse_conv2d --quick
 	$(BIN)/python -m benchmarks.bench_batch_norm --quick
+	$(BIN)/python -m benchmarks.bench_list_operators --quick
 
 lint: .venv/installed  ## ruff and clang-format
 	$(BIN)/ruff check .
