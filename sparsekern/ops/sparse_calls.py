@@ -26,16 +26,9 @@ class Call:
 
     versions: tuple[int, int]
     plan: Tensor
-    output: torch.Size
-    last: bool  # channels_last
-    rest: tuple[Any, ...]  # shape, geometry and groups, for the kernel
+    output: tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides
+    rest: tuple[Any, ...]  # shape, geometry and groups, for the gradient
     backward: Callable[..., Any]  # as the operator sparse_conv2d_backward
-
-    def new_result(self, input: Tensor) -> Tensor:
-        """Without values yet."""
-        if self.last:
-            return torch.empty(self.output, dtype=input.dtype, memory_format=torch.channels_last)
-        return input.new_empty(self.output)
 
 
 class SparseConv2d(torch.autograd.Function):
@@ -45,9 +38,8 @@ class SparseConv2d(torch.autograd.Function):
     def forward(
         ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, call: Call, structure: SparseStructure
     ) -> Tensor:
-        result = call.new_result(input)
-        rest = structure.layout, bias, *sparse_kernels.PLAIN, *call.rest
-        if not sparse_kernels.product(result, input, weight, call.plan, *rest):
+        result = sparse_kernels.product(input, weight, call.plan, bias, *sparse_kernels.PLAIN)
+        if result is None:
             raise _OtherInstructionSet
         ctx.save_for_backward(input, weight, *structure.tensors)
         ctx.call, ctx.layout = call, structure.layout
@@ -67,32 +59,37 @@ class _OtherInstructionSet(Exception):
     """The kept plan is of another instruction set than the kernels in use."""
 
 
-def plain(*tensors: Tensor | None) -> bool:
-    """Ordinary tensors, and nothing that records or transforms operators."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
-        return False
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
-        return False
-    return all(t is None or type(t) in _PLAIN for t in tensors)
-
-
+# Found once: when a small layer runs in a large network, what Python looks up has left the caches since its last call.
+_is_dynamo, _tracing = torch.compiler.is_dynamo_compiling, torch._C._get_tracing_state
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_transforms, _grad_enabled = torch._C._functorch.peek_interpreter_stack, torch.is_grad_enabled
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
+def plain(*tensors: Tensor | None) -> bool:
+    """Ordinary tensors, and nothing that records or transforms operators."""
+    if _is_dynamo() or _dispatch_modes() or _function_modes() or _tracing() is not None or _transforms() is not None:
+        return False
+    if forward_ad._current_level >= 0:
+        return False
+    for t in tensors:
+        if t is not None and type(t) not in _PLAIN:
+            return False
+    return True
+
+
 def _differentiated(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if _grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def _exact(given: tuple[Any, ...]) -> bool:
     """Ints and tuples of them: a list has no hash, and 1.0 and True have that of 1 but are refused."""
     for value in given:
-        if type(value) is tuple:
-            for part in value:
-                if type(part) is not int:
-                    return False
-        elif type(value) is not int:
+        if type(value) is not int and (type(value) is not tuple or not _exact(value)):
             return False
     return True
 
@@ -105,14 +102,14 @@ def _key(input: Tensor, weight: Tensor, given: tuple[Any, ...]) -> tuple[Any, ..
     return input.dtype, input.shape, input.stride(), weight.shape, weight.stride(), given
 
 
-def _after(epilogue: Epilogue, result: Tensor) -> tuple[Any, ...] | None:
+def _after(epilogue: Epilogue, shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[Any, ...] | None:
     """What the kernel takes of an epilogue, None if it does not."""
     operands = epilogue.scale, epilogue.residual
     if epilogue.activation not in BOUNDS or not plain(*operands) or _differentiated(*operands):
         return None
     if not all(t is None or _compiled(t) for t in operands):
         return None
-    return epilogue.for_kernel(result)
+    return epilogue.for_kernel(shape, strides)
 
 
 def repeat(
@@ -144,13 +141,11 @@ def repeat(
             return SparseConv2d.apply(input, weight, bias, call, structure)
         except _OtherInstructionSet:
             return None
-    result = call.new_result(input)
-    after = sparse_kernels.PLAIN if epilogue is None else _after(epilogue, result)
+    after = sparse_kernels.PLAIN if epilogue is None else _after(epilogue, *call.output)
     if after is None:
         return None
     bias = None if bias is None else bias.float()
-    done = sparse_kernels.product(result, input, weight, call.plan, structure.layout, bias, *after, *call.rest)
-    return result if done else None
+    return sparse_kernels.product(input, weight, call.plan, bias, *after)
 
 
 def remember(
@@ -170,7 +165,6 @@ def remember(
         return
     sparse = sparse_kernels.Weight(weight, structure.tensors, structure.layout, structure.shape, structure.groups)
     plan, rest = sparse.plan("product", input, result, geometry), (structure.shape, geometry, structure.groups)
-    call = Call(
-        sparse_kernels.versions(structure.tensors), plan, result.shape, not result.is_contiguous(), rest, backward
-    )
+    output = result.shape, result.stride()
+    call = Call(sparse_kernels.versions(structure.tensors), plan, output, rest, backward)
     sparse_kernels.remember(structure.calls, _key(input, weight, given), call)

@@ -166,10 +166,9 @@ def _cpu(
     """The CPU operator: compiled for float32 and bfloat16, the reference for the rest and where nothing is compiled."""
     if not compiled_product(input, weight, bias):
         return reference(input, weight, structure, layout, bias, stride, padding, dilation, groups, shape)
-    result = fake(input, weight, structure, layout, bias, stride, padding, dilation, groups, shape)
+    like = fake(input, weight, structure, layout, bias, stride, padding, dilation, groups, shape)
     sparse = sparse_kernels.Weight(without_gaps(weight), structure, layout, weight_shape(weight, shape, 4), groups)
-    sparse_kernels.run_product(sparse, without_gaps(input), result, bias, (*stride, *padding, *dilation))
-    return result
+    return sparse_kernels.run_product(sparse, without_gaps(input), like, bias, (*stride, *padding, *dilation))
 
 
 def _backward_cpu(

@@ -20,26 +20,22 @@ from sparsekern import _library
 from sparsekern.ops.sparse_structure import check_form, check_packed, check_tensors
 
 _make_plan = _library.define_native(
-    "_sparse_plan_cpu(Tensor(a!) plan, str kind, Tensor input, Tensor result, Tensor weight, Tensor[] structure,"
-    " str layout, int[] shape, int[] geometry, int groups) -> bool"
+    "_sparse_plan_cpu(str kind, Tensor input, Tensor result, Tensor weight, Tensor[] structure, str layout,"
+    " int[] shape, int[] geometry, int groups) -> Tensor?"
 )
 product = _library.define_native(
-    "_sparse_product_cpu(Tensor(a!) result, Tensor input, Tensor weight, Tensor plan, str layout, Tensor? bias,"
-    " Tensor? scale, Tensor? residual, float low, float high, int[] shape, int[] geometry, int groups) -> bool"
+    "_sparse_product_cpu(Tensor input, Tensor weight, Tensor plan, Tensor? bias, Tensor? scale, Tensor? residual,"
+    " float low, float high) -> Tensor?"
 )
 PLAIN: tuple[Any, ...] = (None, None, -math.inf, math.inf)
 """The epilogue that does nothing: no scale, no residual, no bounds."""
 weight_gradient = _library.define_native(
-    "_sparse_weight_gradient_cpu(Tensor(a!) result, Tensor grad, Tensor input, Tensor plan, str layout, int[] shape,"
-    " int[] geometry, int groups) -> bool"
+    "_sparse_weight_gradient_cpu(Tensor(a!) result, Tensor grad, Tensor input, Tensor plan) -> bool"
 )
 input_gradient = _library.define_native(
-    "_sparse_input_gradient_cpu(Tensor(a!) result, Tensor grad, Tensor weight, Tensor plan, str layout, int[] shape,"
-    " int[] geometry, int groups) -> bool"
+    "_sparse_input_gradient_cpu(Tensor(a!) result, Tensor grad, Tensor weight, Tensor plan) -> bool"
 )
 
-# kMostShares of csrc/cpu/sparse_scatter.h.
-_MOST_SHARES = 4
 # Plans of one structure; a layer whose input has more sizes than this makes new ones now and then.
 _MOST = 24
 
@@ -98,7 +94,11 @@ class Weight:
         key = self._key(kind, input, result, geometry)
         plan = found.get(key)
         if plan is None:
-            plan = self._new_plan(kind, input, result, geometry)
+            check_form(self.structure, self.layout, self.shape, self.groups)
+            where = self.values, list(self.structure), self.layout, self.shape, geometry, self.groups
+            plan = _make_plan(kind, input, result, *where)
+            if plan is None:
+                check_tensors(self.structure, self.layout, self.shape, self.groups)
             remember(found, key, plan)
         return plan
 
@@ -106,33 +106,25 @@ class Weight:
         strides = input.stride(), result.stride(), self.values.stride()
         return kind, input.dtype, input.shape, strides, self.layout, self.shape, geometry, self.groups
 
-    def _new_plan(self, kind: str, input: Tensor, result: Tensor, geometry: tuple[int, ...]) -> Tensor:
-        check_form(self.structure, self.layout, self.shape, self.groups)
-        # The gradient of the input has a set of rows per share of its channels or per phase of the stride.
-        sets = 1 if kind != "input" else max(_MOST_SHARES, geometry[0] * geometry[1])
-        rows = max(input.shape[1], self.shape[0])
-        plan = torch.empty(sets * (rows + 3) + 2 * self.structure[1].numel(), dtype=torch.int32)
-        where = self.values, list(self.structure), self.layout, self.shape, geometry, self.groups
-        if not _make_plan(plan, kind, input, result, *where):
-            check_tensors(self.structure, self.layout, self.shape, self.groups)
-        return plan
-
-    def run(self, kind: str, input: Tensor, result: Tensor, geometry: tuple[int, ...], call: Any) -> None:
-        """``call(plan)`` a kernel; once more with a new plan if the kept one is of another instruction set."""
-        if not call(self.plan(kind, input, result, geometry)):
+    def run(self, kind: str, input: Tensor, result: Tensor, geometry: tuple[int, ...], call: Any) -> Any:
+        """What ``call(plan)`` a kernel answers; once more with a new plan if the kept one is of another instruction
+        set."""
+        found = call(self.plan(kind, input, result, geometry))
+        if found is None or found is False:
             remembered(self.structure).pop(self._key(kind, input, result, geometry))
-            if not call(self.plan(kind, input, result, geometry)):
+            found = call(self.plan(kind, input, result, geometry))
+            if found is None or found is False:
                 raise RuntimeError("sparsekern: a new plan does not fit its kernel")
+        return found
 
 
-def run_product(weight: Weight, input: Tensor, result: Tensor, bias: Tensor | None, geometry: tuple[int, ...]) -> None:
-    """Fill ``result``; operands of bfloat16 are summed in float32, and the sums rounded once."""
+def run_product(weight: Weight, input: Tensor, like: Tensor, bias: Tensor | None, geometry: tuple[int, ...]) -> Tensor:
+    """A new tensor that lies as ``like`` does; operands of bfloat16 are summed in float32, and the sums rounded
+    once."""
     added = None if bias is None else bias.float().contiguous()
-    rest = weight.shape, geometry, weight.groups
-    weight.run(
-        "product", input, result, geometry,
-        lambda plan: product(result, input, weight.values, plan, weight.layout, added, *PLAIN, *rest),
-    )  # fmt: skip
+    return weight.run(
+        "product", input, like, geometry, lambda plan: product(input, weight.values, plan, added, *PLAIN)
+    )
 
 
 def _reaches_all(size: int, output: int, kernel: int, stride: int, padding: int, dilation: int) -> bool:
@@ -151,11 +143,10 @@ def run_gradients(
     geometry: tuple[int, ...],
 ) -> None:
     """Fill those gradients that have elements; that of a dense weight is laid out like it."""
-    rest = weight.shape, geometry, weight.groups
     if grad_weight.numel():
         weight.run(
             "weight", input, grad, geometry,
-            lambda plan: weight_gradient(grad_weight, grad, input, plan, weight.layout, *rest),
+            lambda plan: weight_gradient(grad_weight, grad, input, plan),
         )  # fmt: skip
     if grad_input.numel():
         axes = zip(
@@ -165,5 +156,5 @@ def run_gradients(
             grad_input.zero_()
         weight.run(
             "input", grad_input, grad, geometry,
-            lambda plan: input_gradient(grad_input, grad, weight.values, plan, weight.layout, *rest),
+            lambda plan: input_gradient(grad_input, grad, weight.values, plan),
         )  # fmt: skip

@@ -141,10 +141,10 @@ def _cpu(
     """The CPU operator: compiled for float32 and bfloat16, the reference for the rest and where nothing is compiled."""
     if not compiled_product(input, weight, bias):
         return reference(input, weight, structure, layout, bias, shape)
-    result = fake(input, weight, structure, layout, bias, shape)
+    like = fake(input, weight, structure, layout, bias, shape)
     sparse = _sparse(weight, structure, layout, shape)
-    sparse_kernels.run_product(sparse, _pixels(input), _pixels(result), bias, _GEOMETRY)
-    return result
+    result = sparse_kernels.run_product(sparse, _pixels(input), _pixels(like), bias, _GEOMETRY)
+    return result[0, :, 0].t().reshape(like.shape)
 
 
 def _backward_cpu(
