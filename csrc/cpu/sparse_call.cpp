@@ -20,12 +20,17 @@ Form form_of(const Tensor& t) {
 
 }  // namespace
 
-void Form::check(const Tensor& t, const char* name, ScalarType type) const {
-  check_values(t, name, dims, type);
+bool Form::fits(const Tensor& t, ScalarType type) const {
+  if (t.scalar_type() != type || !t.is_cpu() || t.dim() != dims) return false;
   const auto found = t.sizes(), steps = t.strides();
-  bool same = true;
-  for (int64_t i = 0; i < dims; ++i) same = same && found[i] == sizes[i] && (steps[i] == strides[i] || sizes[i] == 1);
-  STD_TORCH_CHECK(same, "sparsekern: ", name, " does not lie as its plan says");
+  for (int64_t i = 0; i < dims; ++i) {
+    if (found[i] != sizes[i] || (steps[i] != strides[i] && sizes[i] != 1)) return false;
+  }
+  return true;
+}
+
+void Form::check(const Tensor& t, const char* name, ScalarType type) const {
+  STD_TORCH_CHECK(fits(t, type), "sparsekern: ", name, " does not lie as its plan says");
 }
 
 void check_values(const Tensor& t, const char* name, int64_t dims, ScalarType type) {
@@ -50,8 +55,8 @@ SparseCall sparse_call(const Tensor& input, const Tensor& result, const Tensor& 
   check_values(weight, "weight", weight.dim(), type);
   STD_TORCH_CHECK(packed || weight.numel() == shape[0] * shape[1] * shape[2] * shape[3],
                   "sparsekern: weight must have its shape or be packed");
-  STD_TORCH_CHECK(input.size(1) == shape[1] * groups && result.size(0) == input.size(0) &&
-                      result.size(1) == shape[0] && result.numel() > 0,
+  STD_TORCH_CHECK(input.size(1) == shape[1] * groups && result.size(0) == input.size(0) && result.size(1) == shape[0] &&
+                      result.numel() > 0,
                   "sparsekern: input, weight and result must agree in batch and channels");
   const int64_t step = packed || tall * wide == 1 ? 1 : weight.stride(tall == 4 ? 0 : 1);
   SparseCall call{form_of(input), form_of(result), form_of(weight), {shape[0], shape[1], groups, tall, wide, step}};

@@ -18,8 +18,10 @@ struct Form {
   int64_t dims, sizes[4], strides[4];
 
   Strides image() const { return {strides[0], strides[1], strides[2], strides[3]}; }
-  // Raises unless `t`, called `name`, is like this and of `type`.
-  void check(const Tensor& t, const char* name, ScalarType type) const;
+  // Whether `t` is like this, of `type` and on CPU.
+  bool fits(const Tensor& t, ScalarType type) const;
+  // Raises unless it is.
+  void check(const Tensor& t, const char* name, ScalarType type = ScalarType::Float) const;
 };
 
 // Raises unless `t` is of `type`, on CPU and of `dims` dims.

@@ -37,8 +37,8 @@ std::optional<Tensor> sparse_plan_cpu(std::string pass, Tensor input, Tensor res
                                       std::vector<Tensor> structure, std::string layout, Ints shape, Ints geometry,
                                       int64_t groups) {
   const bool bfloat16 = pass == "product" && input.scalar_type() == ScalarType::BFloat16;
-  const SparseCall call = sparse_call(input, result, weight, bfloat16 ? ScalarType::BFloat16 : ScalarType::Float, layout,
-                                      shape, geometry, groups);
+  const SparseCall call = sparse_call(input, result, weight, bfloat16 ? ScalarType::BFloat16 : ScalarType::Float,
+                                      layout, shape, geometry, groups);
   const SparseShape& w = call.shape;
   const SparseForm form = sparse_form(weight, structure, w);
   // The gradient of the input has a set of rows per share of its channels or per phase of the stride.
@@ -72,7 +72,7 @@ const float* per_output(const std::optional<Tensor>& t, const char* name, const 
 
 const float* residual_of(const std::optional<Tensor>& t, const Form& result) {
   if (!t) return nullptr;
-  result.check(*t, "residual", ScalarType::Float);
+  result.check(*t, "residual");
   return t->const_data_ptr<float>();
 }
 
@@ -80,8 +80,8 @@ const float* residual_of(const std::optional<Tensor>& t, const Form& result) {
 Tensor empty_strided(const Form& form, ScalarType type) {
   AtenTensorHandle handle;
   const int32_t dtype = type == ScalarType::Float ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16();
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(form.dims, form.sizes, form.strides, dtype,
-                                                  aoti_torch_device_type_cpu(), -1, &handle));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(form.dims, form.sizes, form.strides, dtype, aoti_torch_device_type_cpu(), -1, &handle));
   return Tensor(handle);
 }
 
@@ -99,14 +99,13 @@ void multiply_images(const SparseCall& call, const Grid& grid, const Plan& tiles
   multiply(grid, tiles, from, call.input.sizes[1], sparse, rows.rows, to, residual);
 }
 
-// None if the plan is for other tiles.
+// None if the plan is for other operands, or for tiles of another instruction set.
 std::optional<Tensor> sparse_product_cpu(Tensor input, Tensor weight, Tensor plan, std::optional<Tensor> bias,
                                          std::optional<Tensor> scale, std::optional<Tensor> residual, double low,
                                          double high) {
   const SparseCall call = head(plan);
   const SparseShape& w = call.shape;
-  call.input.check(input, "input", call.type());
-  call.weight.check(weight, "weight", call.type());
+  if (!call.input.fits(input, call.type()) || !call.weight.fits(weight, call.type())) return std::nullopt;
   STD_TORCH_CHECK(!call.bfloat16 || !residual, "sparsekern: residual must be none with bfloat16");
   const SparseEpilogue epilogue{per_output(scale, "scale", w), static_cast<float>(low), static_cast<float>(high)};
   const float *const added = per_output(bias, "bias", w), *const held = residual_of(residual, call.result);
@@ -127,9 +126,9 @@ std::optional<Tensor> sparse_product_cpu(Tensor input, Tensor weight, Tensor pla
 // `result` is stored as the weight is, output by output.
 bool sparse_weight_gradient_cpu(Tensor result, Tensor grad, Tensor input, Tensor plan) {
   const SparseCall call = head(plan);
-  call.weight.check(result, "result", ScalarType::Float);
-  call.result.check(grad, "grad", ScalarType::Float);
-  call.input.check(input, "input", ScalarType::Float);
+  call.weight.check(result, "result");
+  call.result.check(grad, "grad");
+  call.input.check(input, "input");
   const SparseShape& w = call.shape;
   const int64_t row_size = result.dim() > 1 ? result.numel() / w.outputs : 0;
   STD_TORCH_CHECK(result.dim() == 1 || w.outputs == 1 || result.stride(0) == row_size,
@@ -141,9 +140,9 @@ bool sparse_weight_gradient_cpu(Tensor result, Tensor grad, Tensor input, Tensor
 
 bool sparse_input_gradient_cpu(Tensor result, Tensor grad, Tensor weight, Tensor plan) {
   const SparseCall call = head(plan);
-  call.input.check(result, "result", ScalarType::Float);
-  call.result.check(grad, "grad", ScalarType::Float);
-  call.weight.check(weight, "weight", ScalarType::Float);
+  call.input.check(result, "result");
+  call.result.check(grad, "grad");
+  call.weight.check(weight, "weight");
   return sparse_input_gradient(call.axis(0), call.axis(1), {grad.const_data_ptr<float>(), call.result.image()},
                                call.shape, sets(plan), weight.const_data_ptr<float>(),
                                {result.mutable_data_ptr<float>(), call.input.image()}, call.images(), limits().lanes);

@@ -22,9 +22,13 @@ from sparsekern.ops.sparse_structure import SparseStructure, compiled_product
 
 @dataclass(frozen=True)
 class Call:
-    """How to run a call again, as long as the structure's tensors are still of these versions."""
+    """How to run a call again, as long as the structure's tensors are still of these versions.
+
+    That the operands are of the same dtypes and lie the same way is seen by the kernel, which else does nothing.
+    """
 
     versions: tuple[int, int]
+    dtype: torch.dtype
     plan: Tensor
     output: tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides
     rest: tuple[Any, ...]  # shape, geometry and groups, for the gradient
@@ -40,7 +44,7 @@ class SparseConv2d(torch.autograd.Function):
     ) -> Tensor:
         result = sparse_kernels.product(input, weight, call.plan, bias, *sparse_kernels.PLAIN)
         if result is None:
-            raise _OtherInstructionSet
+            raise _DoesNotFit
         ctx.save_for_backward(input, weight, *structure.tensors)
         ctx.call, ctx.layout = call, structure.layout
         return result
@@ -55,8 +59,8 @@ class SparseConv2d(torch.autograd.Function):
         return *(g if need else None for g, need in zip(found, needs, strict=True)), None, None
 
 
-class _OtherInstructionSet(Exception):
-    """The kept plan is of another instruction set than the kernels in use."""
+class _DoesNotFit(Exception):
+    """The kept plan is for other operands or another instruction set."""
 
 
 # Found once: when a small layer runs in a large network, what Python looks up has left the caches since its last call.
@@ -70,12 +74,10 @@ def plain(*tensors: Tensor | None) -> bool:
     """Ordinary tensors, and nothing that records or transforms operators."""
     if _is_dynamo() or _dispatch_modes() or _function_modes() or _tracing() is not None or _transforms() is not None:
         return False
-    if forward_ad._current_level >= 0:
-        return False
-    for t in tensors:
+    for t in tensors:  # a generator would cost more than the checks
         if t is not None and type(t) not in _PLAIN:
             return False
-    return True
+    return forward_ad._current_level < 0
 
 
 def _differentiated(*tensors: Tensor | None) -> bool:
@@ -89,17 +91,16 @@ def _differentiated(*tensors: Tensor | None) -> bool:
 def _exact(given: tuple[Any, ...]) -> bool:
     """Ints and tuples of them: a list has no hash, and 1.0 and True have that of 1 but are refused."""
     for value in given:
-        if type(value) is not int and (type(value) is not tuple or not _exact(value)):
+        if type(value) is tuple:
+            if not _exact(value):
+                return False
+        elif type(value) is not int:
             return False
     return True
 
 
-def _compiled(t: Tensor, dtype: torch.dtype = torch.float32) -> bool:
-    return t.dtype is dtype and t.is_cpu
-
-
-def _key(input: Tensor, weight: Tensor, given: tuple[Any, ...]) -> tuple[Any, ...]:
-    return input.dtype, input.shape, input.stride(), weight.shape, weight.stride(), given
+def _fits(bias: Tensor, dtype: torch.dtype, structure: SparseStructure) -> bool:
+    return bias.dtype is dtype and bias.is_cpu and bias.is_contiguous() and bias.shape == structure.shape[:1]
 
 
 def _after(epilogue: Epilogue, shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[Any, ...] | None:
@@ -107,7 +108,7 @@ def _after(epilogue: Epilogue, shape: tuple[int, ...], strides: tuple[int, ...])
     operands = epilogue.scale, epilogue.residual
     if epilogue.activation not in BOUNDS or not plain(*operands) or _differentiated(*operands):
         return None
-    if not all(t is None or _compiled(t) for t in operands):
+    if not all(t is None or (t.is_cpu and t.dtype is torch.float32) for t in operands):
         return None
     return epilogue.for_kernel(shape, strides)
 
@@ -122,30 +123,27 @@ def repeat(
 ) -> Tensor | None:
     """The result, if an equal call is known; ``given`` is its geometry as the caller wrote it."""
     try:
-        call = structure.calls[_key(input, weight, given)]
-    except (AttributeError, KeyError, TypeError):  # not tensors, not known, a list
+        call = structure.calls[input.shape, given]
+    except (AttributeError, KeyError, TypeError):  # not a tensor, not known, a list
         return None
-    dtype = input.dtype
-    if not (_exact(given) and plain(input, weight, bias) and _compiled(input, dtype) and _compiled(weight, dtype)):
+    if call.versions != sparse_kernels.versions(structure.tensors) or not _exact(given):
         return None
-    if bias is not None and not (_compiled(bias, dtype) and bias.shape == structure.shape[:1] and bias.is_contiguous()):
+    if not plain(input, weight, bias) or not (bias is None or _fits(bias, call.dtype, structure)):
         return None
-    if call.versions != sparse_kernels.versions(structure.tensors):
-        return None
-    graph = _differentiated(input, weight, bias)
+    graph, halves = _differentiated(input, weight, bias), call.dtype is not torch.float32
     # One of these at most: kernels round each step of an epilogue to float32, and gradients are of plain float32 calls.
-    if graph + (epilogue is not None) + (dtype is not torch.float32) > 1:
+    if graph + halves + (epilogue is not None) > 1:
         return None
-    if graph:
-        try:
-            return SparseConv2d.apply(input, weight, bias, call, structure)
-        except _OtherInstructionSet:
-            return None
     after = sparse_kernels.PLAIN if epilogue is None else _after(epilogue, *call.output)
     if after is None:
         return None
-    bias = None if bias is None else bias.float()
-    return sparse_kernels.product(input, weight, call.plan, bias, *after)
+    try:
+        if graph:
+            return SparseConv2d.apply(input, weight, bias, call, structure)
+        added = bias.float() if halves and bias is not None else bias
+        return sparse_kernels.product(input, weight, call.plan, added, *after)
+    except (_DoesNotFit, NotImplementedError):  # the latter from the dispatcher: not dense, not on CPU
+        return None
 
 
 def remember(
@@ -166,5 +164,5 @@ def remember(
     sparse = sparse_kernels.Weight(weight, structure.tensors, structure.layout, structure.shape, structure.groups)
     plan, rest = sparse.plan("product", input, result, geometry), (structure.shape, geometry, structure.groups)
     output = result.shape, result.stride()
-    call = Call(sparse_kernels.versions(structure.tensors), plan, output, rest, backward)
-    sparse_kernels.remember(structure.calls, _key(input, weight, given), call)
+    call = Call(sparse_kernels.versions(structure.tensors), input.dtype, plan, output, rest, backward)
+    sparse_kernels.remember(structure.calls, (input.shape, given), call)

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -122,9 +121,7 @@ def run_product(weight: Weight, input: Tensor, like: Tensor, bias: Tensor | None
     """A new tensor that lies as ``like`` does; operands of bfloat16 are summed in float32, and the sums rounded
     once."""
     added = None if bias is None else bias.float().contiguous()
-    return weight.run(
-        "product", input, like, geometry, lambda plan: product(input, weight.values, plan, added, *PLAIN)
-    )
+    return weight.run("product", input, like, geometry, lambda plan: product(input, weight.values, plan, added, *PLAIN))
 
 
 def _reaches_all(size: int, output: int, kernel: int, stride: int, padding: int, dilation: int) -> bool:
