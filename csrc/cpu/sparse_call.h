@@ -17,7 +17,6 @@ using Ints = std::vector<int64_t>;
 struct Form {
   int64_t dims, sizes[4], strides[4];
 
-  Strides image() const { return {strides[0], strides[1], strides[2], strides[3]}; }
   // Whether `t` is like this, of `type` and on CPU.
   bool fits(const Tensor& t, ScalarType type) const;
   // Raises unless it is.
@@ -28,24 +27,31 @@ struct Form {
 void check_values(const Tensor& t, const char* name, int64_t dims, ScalarType type);
 void check_ints(const Tensor& t);
 
+// A tensor as images. The rows of a linear layer are the pixels of one image one pixel high.
+struct Images {
+  int64_t count, channels, size[2];
+  Strides strides;
+};
+
 // Stride, padding and dilation are vertical then horizontal. Plain numbers, so that a plan can hold them.
 struct SparseCall {
   Form input, result, weight;  // or their gradients, which lie like them
+  Images in, out;
   SparseShape shape;
   int64_t kernel[2], stride[2], padding[2], dilation[2];
   bool bfloat16;
 
   ScalarType type() const { return bfloat16 ? ScalarType::BFloat16 : ScalarType::Float; }
-  int64_t images() const { return input.sizes[0]; }
   GradientAxis axis(int i) const;
-  Grid grid() const { return Grid(axis(0).forward, axis(1).forward, images(), limits().lanes); }
-  Plan tiles(const Grid& grid) const { return Plan(grid, input.sizes[1], shape.tall, input.image(), !bfloat16); }
+  Grid grid() const { return Grid(axis(0).forward, axis(1).forward, in.count, limits().lanes); }
+  Plan tiles(const Grid& grid) const { return Plan(grid, in.channels, shape.tall, in.strides, !bfloat16); }
 };
 
-// `geometry`: stride, padding, dilation. Raises unless all of it fits together. The weight is dense, (out, in / groups,
-// rows, columns) or (out, in), or packed: 1-d.
+// Of a convolution, with `shape` (out, in / groups, rows, columns) and `geometry` stride, padding, dilation; or of a
+// linear layer, with (out, in) and none, whose input and result are contiguous. A packed weight is 1-d. Raises unless
+// all of it fits together.
 SparseCall sparse_call(const Tensor& input, const Tensor& result, const Tensor& weight, ScalarType type,
-                       const std::string& layout, const Ints& shape, const Ints& geometry, int64_t groups);
+                       const std::string& layout, Ints shape, Ints geometry, int64_t groups);
 
 // The head of a plan, which is as many numbers.
 SparseCall head(const Tensor& plan);

@@ -50,10 +50,10 @@ std::optional<Tensor> sparse_plan_cpu(std::string pass, Tensor input, Tensor res
   std::memcpy(to, &call, sizeof call);
   bool good;
   if (transposed) {
-    good = plan_input_gradient(form, call.axis(0), call.axis(1), call.result.image(), call.images(), limits().lanes,
+    good = plan_input_gradient(form, call.axis(0), call.axis(1), call.out.strides, call.in.count, limits().lanes,
                                to + kHeadInts);
   } else if (pass == "weight") {
-    good = plan_weight_gradient(form, call.axis(0), call.axis(1), call.input.image(), call.images(), to + kHeadInts);
+    good = plan_weight_gradient(form, call.axis(0), call.axis(1), call.in.strides, call.in.count, to + kHeadInts);
   } else {
     const Grid grid = call.grid();
     good = plan_rows(form, grid, call.tiles(grid).width, to + kHeadInts);
@@ -94,9 +94,9 @@ void multiply_images(const SparseCall& call, const Grid& grid, const Plan& tiles
   const T* const values = static_cast<const T*>(weight.const_data_ptr());
   if constexpr (std::is_same_v<T, float>) sparse.values = values;
   if (weight.dim() > 1 || !sparse.values) sparse.values = gather_values(rows, call.shape, values, buffer);
-  const Image<const T> from{static_cast<const T*>(input.const_data_ptr()), call.input.image()};
-  const Image<T> to{static_cast<T*>(result.mutable_data_ptr()), call.result.image()};
-  multiply(grid, tiles, from, call.input.sizes[1], sparse, rows.rows, to, residual);
+  const Image<const T> from{static_cast<const T*>(input.const_data_ptr()), call.in.strides};
+  const Image<T> to{static_cast<T*>(result.mutable_data_ptr()), call.out.strides};
+  multiply(grid, tiles, from, call.in.channels, sparse, rows.rows, to, residual);
 }
 
 // None if the plan is for other operands, or for tiles of another instruction set.
@@ -133,9 +133,9 @@ bool sparse_weight_gradient_cpu(Tensor result, Tensor grad, Tensor input, Tensor
   const int64_t row_size = result.dim() > 1 ? result.numel() / w.outputs : 0;
   STD_TORCH_CHECK(result.dim() == 1 || w.outputs == 1 || result.stride(0) == row_size,
                   "sparsekern: the outputs of a weight gradient must follow each other in memory");
-  return sparse_weight_gradient(call.axis(0), call.axis(1), {input.const_data_ptr<float>(), call.input.image()}, w,
-                                sets(plan), {grad.const_data_ptr<float>(), call.result.image()},
-                                result.mutable_data_ptr<float>(), row_size, call.images());
+  return sparse_weight_gradient(call.axis(0), call.axis(1), {input.const_data_ptr<float>(), call.in.strides}, w,
+                                sets(plan), {grad.const_data_ptr<float>(), call.out.strides},
+                                result.mutable_data_ptr<float>(), row_size, call.in.count);
 }
 
 bool sparse_input_gradient_cpu(Tensor result, Tensor grad, Tensor weight, Tensor plan) {
@@ -143,9 +143,9 @@ bool sparse_input_gradient_cpu(Tensor result, Tensor grad, Tensor weight, Tensor
   call.input.check(result, "result");
   call.result.check(grad, "grad");
   call.weight.check(weight, "weight");
-  return sparse_input_gradient(call.axis(0), call.axis(1), {grad.const_data_ptr<float>(), call.result.image()},
-                               call.shape, sets(plan), weight.const_data_ptr<float>(),
-                               {result.mutable_data_ptr<float>(), call.input.image()}, call.images(), limits().lanes);
+  return sparse_input_gradient(call.axis(0), call.axis(1), {grad.const_data_ptr<float>(), call.out.strides}, call.shape,
+                               sets(plan), weight.const_data_ptr<float>(),
+                               {result.mutable_data_ptr<float>(), call.in.strides}, call.in.count, limits().lanes);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""Repeated calls of sparse_conv2d go straight to the kernel, and their gradients to theirs.
+"""Repeated calls of sparse_conv2d and sparse_linear go straight to the kernel, and their gradients to theirs.
 
 Checks, the dispatcher and the layers of Python behind it cost more than a hundred microseconds where a gradient is
 asked for, as much as a small layer takes. What they decide depends on shapes, strides, geometry and structure only, so
@@ -31,11 +31,20 @@ class Call:
     dtype: torch.dtype
     plan: Tensor
     output: tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides
-    rest: tuple[Any, ...]  # shape, geometry and groups, for the gradient
-    backward: Callable[..., Any]  # as the operator sparse_conv2d_backward
+    backward: Backward
 
 
-class SparseConv2d(torch.autograd.Function):
+@dataclass(frozen=True)
+class Backward:
+    """The gradient of a call: ``operator`` of the dispatcher, as it is ``served`` on CPU, and the arguments that it
+    takes before ``needs``."""
+
+    operator: Callable[..., Any]
+    served: Callable[..., Any]
+    geometry: tuple[Any, ...]
+
+
+class SparseProduct(torch.autograd.Function):
     """A repeated float32 call that a gradient is asked of."""
 
     @staticmethod
@@ -46,16 +55,17 @@ class SparseConv2d(torch.autograd.Function):
         if result is None:
             raise _DoesNotFit
         ctx.save_for_backward(input, weight, *structure.tensors)
-        ctx.call, ctx.layout = call, structure.layout
+        ctx.backward, ctx.layout, ctx.shape = call.backward, structure.layout, structure.shape
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, *structure = ctx.saved_tensors
-        shape, geometry, groups = ctx.call.rest
         needs = list(ctx.needs_input_grad[:3])
-        axes = geometry[:2], geometry[2:4], geometry[4:]
-        found = ctx.call.backward(grad, input, weight, structure, ctx.layout, *axes, groups, needs, shape)
+        # Past the dispatcher where nobody looks and no graph of the gradients is asked for.
+        direct = plain(grad) and not torch.is_grad_enabled()
+        run = ctx.backward.served if direct else ctx.backward.operator
+        found = run(grad, input, weight, structure, ctx.layout, *ctx.backward.geometry, needs, ctx.shape)
         return *(g if need else None for g, need in zip(found, needs, strict=True)), None, None
 
 
@@ -121,7 +131,7 @@ def repeat(
     given: tuple[Any, ...],
     epilogue: Epilogue | None = None,
 ) -> Tensor | None:
-    """The result, if an equal call is known; ``given`` is its geometry as the caller wrote it."""
+    """The result, if an equal call is known; ``given`` is the geometry of a convolution as the caller wrote it."""
     try:
         call = structure.calls[input.shape, given]
     except (AttributeError, KeyError, TypeError):  # not a tensor, not known, a list
@@ -139,7 +149,7 @@ def repeat(
         return None
     try:
         if graph:
-            return SparseConv2d.apply(input, weight, bias, call, structure)
+            return SparseProduct.apply(input, weight, bias, call, structure)
         added = bias.float() if halves and bias is not None else bias
         return sparse_kernels.product(input, weight, call.plan, added, *after)
     except (_DoesNotFit, NotImplementedError):  # the latter from the dispatcher: not dense, not on CPU
@@ -154,7 +164,7 @@ def remember(
     given: tuple[Any, ...],
     geometry: tuple[int, ...],
     result: Tensor,
-    backward: Callable[..., Any],
+    backward: Backward,
 ) -> None:
     """Keep a call that passed all checks, if its like may skip them; operands must be dense as they are."""
     if not (_exact(given) and type(structure) is SparseStructure and compiled_product(input, weight, bias)):
@@ -162,7 +172,6 @@ def remember(
     if not plain(input, weight, bias):
         return
     sparse = sparse_kernels.Weight(weight, structure.tensors, structure.layout, structure.shape, structure.groups)
-    plan, rest = sparse.plan("product", input, result, geometry), (structure.shape, geometry, structure.groups)
-    output = result.shape, result.stride()
-    call = Call(sparse_kernels.versions(structure.tensors), input.dtype, plan, output, rest, backward)
+    plan, output = sparse.plan("product", input, result, geometry), (result.shape, result.stride())
+    call = Call(sparse_kernels.versions(structure.tensors), input.dtype, plan, output, backward)
     sparse_kernels.remember(structure.calls, (input.shape, given), call)

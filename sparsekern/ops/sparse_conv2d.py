@@ -204,12 +204,6 @@ _library.define_cpu("sparse_conv2d_backward", sparse_kernels.input_gradient, wid
 differentiate("sparse_conv2d", _backward_op)
 
 
-def _repeated_backward(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of a repeated call, past the dispatcher where nobody looks and no graph of them is asked for."""
-    direct = sparse_calls.plain(grad) and not torch.is_grad_enabled()
-    return _backward_cpu(grad, *rest) if direct else _backward_op(grad, *rest)
-
-
 def sparse_conv2d(
     input: Tensor,
     weight: Tensor,
@@ -270,9 +264,8 @@ def _checked(
     if input.dim() == 3:
         return result.squeeze(0)
     if without_gaps(input) is input and without_gaps(weight) is weight:
-        sparse_calls.remember(
-            input, weight, structure, bias, given, (*steps, *pads, *holes), result, _repeated_backward
-        )
+        backward = sparse_calls.Backward(_backward_op, _backward_cpu, (steps, pads, holes, structure.groups))
+        sparse_calls.remember(input, weight, structure, bias, given, (*steps, *pads, *holes), result, backward)
     return result
 
 

@@ -72,7 +72,8 @@ def remember(found: dict[Any, Any], key: Any, value: Any) -> None:
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight of ``shape`` (out, in / groups, kh, kw), dense and without gaps or packed, and its bare structure."""
+    """A weight of ``shape`` (out, in / groups, kh, kw) or (out, in), dense and without gaps or packed, and its bare
+    structure."""
 
     values: Tensor
     structure: Sequence[Tensor]
@@ -83,8 +84,8 @@ class Weight:
     def plan(self, kind: str, input: Tensor, result: Tensor, geometry: tuple[int, ...]) -> Tensor:
         """The plan for one kind of pass: "product", "weight" or "input"; ValueError if the structure is not one.
 
-        ``input`` and ``result`` (or its gradient) are 4-d; ``geometry`` is stride, padding, dilation, each vertical
-        and horizontal.
+        ``geometry`` is stride, padding, dilation, each vertical and horizontal; of a linear layer it is empty, and
+        ``input`` and ``result`` (or its gradient) are contiguous and have at most 4 dims.
         """
         if len(self.structure) != 2:
             check_form(self.structure, self.layout, self.shape, self.groups)
@@ -146,10 +147,9 @@ def run_gradients(
             lambda plan: weight_gradient(grad_weight, grad, input, plan),
         )  # fmt: skip
     if grad_input.numel():
-        axes = zip(
-            input.shape[2:], grad.shape[2:], weight.shape[2:], geometry[:2], geometry[2:4], geometry[4:], strict=True
-        )
-        if not all(_reaches_all(*axis) for axis in axes):
+        axes = zip(weight.shape[2:], geometry[:2], geometry[2:4], geometry[4:], strict=True)
+        sizes = zip(input.shape[2:], grad.shape[2:], strict=True)
+        if geometry and not all(_reaches_all(*size, *axis) for size, axis in zip(sizes, axes, strict=True)):
             grad_input.zero_()
         weight.run(
             "input", grad_input, grad, geometry,
