@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import functools
 import json
 import math
 
@@ -148,11 +149,19 @@ def test_weight_gradient_off_the_mask_is_refused():
         bench_sparse_conv2d.check(layer, "weight_grad", mask, grad)
 
 
-def test_contenders_alternate_after_the_check():
-    calls = []
-    timings = harness.measure("x", lambda: calls.append("check"), {k: lambda k=k: calls.append(k) for k in "AB"})
-    assert "".join(calls[1:]) == "AAABBB" + "AB" * 2 and calls[0] == "check"
-    assert set(timings) == {"A", "B"}
+def test_contenders_run_once_a_round_in_changing_order(monkeypatch):
+    monkeypatch.setattr(harness, "ROUNDS", 6)
+    runs = []
+    for _ in range(2):
+        calls = []
+        contenders = {name: functools.partial(calls.append, name) for name in "ABC"}
+        timings = harness.measure("x", functools.partial(calls.append, "check"), contenders)
+        assert set(timings) == set("ABC") and calls[0] == "check" and "".join(calls[1:10]) == "AAABBBCCC"
+        rounds = ["".join(calls[i : i + 3]) for i in range(10, 28, 3)]
+        assert all(sorted(one) == list("ABC") for one in rounds) and len(calls) == 28
+        assert len(set(rounds)) > 2, "an order that never changes favours who follows whom"
+        runs.append(rounds)
+    assert runs[0] == runs[1]
 
 
 def test_noise_is_said():
