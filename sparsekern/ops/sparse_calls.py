@@ -17,7 +17,8 @@ from torch.autograd import forward_ad
 
 from sparsekern.ops import sparse_kernels
 from sparsekern.ops.epilogue import BOUNDS, Epilogue
-from sparsekern.ops.sparse_structure import SparseStructure, compiled_product
+from sparsekern.ops.sparse_operands import compiled_product
+from sparsekern.ops.sparse_structure import SparseStructure
 
 
 @dataclass(frozen=True)

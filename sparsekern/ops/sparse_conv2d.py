@@ -32,16 +32,8 @@ from sparsekern.ops.epilogue import Epilogue
 from sparsekern.ops.geometry import empty, output_size, pair, without_gaps
 from sparsekern.ops.halves import widened
 from sparsekern.ops.sparse_autograd import differentiate
-from sparsekern.ops.sparse_structure import (
-    SparseStructure,
-    check_dims,
-    check_operands,
-    compiled_form,
-    compiled_product,
-    kept_values,
-    selected,
-    weight_shape,
-)
+from sparsekern.ops.sparse_operands import check_dims, check_operands, compiled_form, compiled_product
+from sparsekern.ops.sparse_structure import SparseStructure, kept_values, selected, weight_shape
 
 SCHEMA = (
     "sparse_conv2d(Tensor input, Tensor weight, Tensor[] structure, str layout, Tensor? bias, int[] stride,"

@@ -27,16 +27,8 @@ from sparsekern import _library
 from sparsekern.ops import sparse_calls, sparse_kernels
 from sparsekern.ops.halves import widened
 from sparsekern.ops.sparse_autograd import differentiate
-from sparsekern.ops.sparse_structure import (
-    SparseStructure,
-    check_dims,
-    check_operands,
-    compiled_form,
-    compiled_product,
-    kept_values,
-    selected,
-    weight_shape,
-)
+from sparsekern.ops.sparse_operands import check_dims, check_operands, compiled_form, compiled_product
+from sparsekern.ops.sparse_structure import SparseStructure, kept_values, selected, weight_shape
 
 SCHEMA = (
     "sparse_linear(Tensor input, Tensor weight, Tensor[] structure, str layout, Tensor? bias, int[]? shape=None)"
