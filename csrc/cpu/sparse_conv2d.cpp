@@ -143,9 +143,14 @@ bool sparse_input_gradient_cpu(Tensor result, Tensor grad, Tensor weight, Tensor
   call.input.check(result, "result");
   call.result.check(grad, "grad");
   call.weight.check(weight, "weight");
-  return sparse_input_gradient(call.axis(0), call.axis(1), {grad.const_data_ptr<float>(), call.out.strides}, call.shape,
-                               sets(plan), weight.const_data_ptr<float>(),
-                               {result.mutable_data_ptr<float>(), call.in.strides}, call.in.count, limits().lanes);
+  const GradientAxis rows = call.axis(0), columns = call.axis(1);
+  const int64_t images = call.in.count, lanes = limits().lanes;
+  if (!fills_input_gradient(rows, columns, call.out.strides, call.shape, call.in.strides, images, lanes)) {
+    torch::stable::zero_(result);
+  }
+  return sparse_input_gradient(rows, columns, {grad.const_data_ptr<float>(), call.out.strides}, call.shape, sets(plan),
+                               weight.const_data_ptr<float>(), {result.mutable_data_ptr<float>(), call.in.strides},
+                               images, lanes);
 }
 
 }  // namespace

@@ -92,6 +92,24 @@ bool scatters(const SparseShape& w, const Grid& grid, const Strides& gradients) 
   return w.tall == 4 && !(wide && w.channels * w.groups >= 2 * w.outputs);
 }
 
+// Whether each position is read by some tap, by those between the taps of a longer stride, and behind the last output.
+bool reads_all(const GradientAxis& a) {
+  const Axis& f = a.forward;
+  return int64_t(f.planes.size()) == f.stride && a.size + f.padding <= (f.output + f.reach) * f.stride;
+}
+
+// Where one tap reads every few pixels from the first on, the zeros between them are written with them. Measured
+// (Sapphire Rapids, one thread, 98%) 256 -> 512 channels at 56x56 15.2 -> 5.7 ms, 512 -> 1024 at 28x28 4.4 -> 2.9;
+// smaller images have too short rows.
+std::optional<SpreadShape> spread_shape(const GradientAxis& rows, const GradientAxis& columns, const Strides& result) {
+  const bool first = rows.kernel * columns.kernel == 1 && rows.forward.padding + columns.forward.padding == 0;
+  const int64_t size = rows.size * columns.size;
+  const bool whole = result.column == 1 && result.row == columns.size && result.channel == size;
+  const bool apart = rows.forward.stride * columns.forward.stride > 1;
+  if (!first || !whole || !apart || size < kTogetherPixels) return std::nullopt;
+  return SpreadShape{rows.size, columns.size, rows.forward.stride};
+}
+
 std::vector<Phase> phases(const GradientAxis& a) {
   std::vector<Phase> found;
   const int64_t stride = a.forward.stride, padding = a.forward.padding;
@@ -178,13 +196,20 @@ bool plan_input_gradient(const SparseForm& form, const GradientAxis& rows, const
   return true;
 }
 
+bool fills_input_gradient(const GradientAxis& rows, const GradientAxis& columns, const Strides& gradients,
+                          const SparseShape& w, const Strides& result, int64_t images, int64_t lanes) {
+  if (reads_all(rows) && reads_all(columns)) return true;
+  return scatters(w, Grid(rows.forward, columns.forward, images, lanes), gradients) &&
+         spread_shape(rows, columns, result).has_value();
+}
+
 bool sparse_input_gradient(const GradientAxis& rows, const GradientAxis& columns, const Image<const float>& gradients,
                            const SparseShape& w, PlanReader plan, const float* weight, const Image<float>& result,
                            int64_t images, int64_t lanes) {
   thread_local Buffer<float> buffer;
   const Grid forward(rows.forward, columns.forward, images, lanes);
   if (scatters(w, forward, gradients.strides)) {
-    return scattered_gradient(forward, gradients, w, plan, weight, result);
+    return scattered_gradient(forward, gradients, w, plan, weight, result, spread_shape(rows, columns, result.strides));
   }
   const Strides& s = result.strides;
   for (const Phase& v : phases(rows)) {

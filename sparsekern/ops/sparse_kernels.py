@@ -125,13 +125,6 @@ def run_product(weight: Weight, input: Tensor, like: Tensor, bias: Tensor | None
     return weight.run("product", input, like, geometry, lambda plan: product(input, weight.values, plan, added, *PLAIN))
 
 
-def _reaches_all(size: int, output: int, kernel: int, stride: int, padding: int, dilation: int) -> bool:
-    """Whether the kernels write every pixel along one axis: not those between the taps of a longer stride, nor those
-    behind the last output."""
-    phases = {k * dilation % stride for k in range(kernel)}
-    return len(phases) == stride and size + padding <= (output + (kernel - 1) * dilation // stride) * stride
-
-
 def run_gradients(
     weight: Weight,
     grad: Tensor,
@@ -147,10 +140,6 @@ def run_gradients(
             lambda plan: weight_gradient(grad_weight, grad, input, plan),
         )  # fmt: skip
     if grad_input.numel():
-        axes = zip(weight.shape[2:], geometry[:2], geometry[2:4], geometry[4:], strict=True)
-        sizes = zip(input.shape[2:], grad.shape[2:], strict=True)
-        if geometry and not all(_reaches_all(*size, *axis) for size, axis in zip(sizes, axes, strict=True)):
-            grad_input.zero_()
         weight.run(
             "input", grad_input, grad, geometry,
             lambda plan: input_gradient(grad_input, grad, weight.values, plan),
