@@ -124,7 +124,9 @@ bool sparse_plan_cpu(Tensor plan, std::string pass, Tensor input, Tensor result,
   if (pass == "input") return plan_input_gradient(form, g.rows, g.columns, strides_of(result), g.images, g.lanes, to);
   if (pass == "weight") return plan_weight_gradient(form, g.rows, g.columns, strides_of(input), g.images, to);
   const Grid grid = g.grid();
-  return plan_rows(form, grid, plan_of(grid, input, w).width, to);
+  Plan tiles = plan_of(grid, input, w);
+  tiles.pack_if_read_often(input.size(1), form.blocks * w.wide);
+  return plan_rows(form, grid, tiles.width, to);
 }
 
 // A contiguous vector with an entry per output channel, or null.
@@ -167,9 +169,9 @@ bool sparse_product_cpu(Tensor result, Tensor input, Tensor weight, Tensor plan,
   const SparseEpilogue epilogue{per_output(scale, "scale", w), static_cast<float>(low), static_cast<float>(high)};
   const float *const added = per_output(bias, "bias", w), *const held = residual_of(residual, result);
   const Grid grid = g.grid();
-  const Plan tiles = plan_of(grid, input, w);
+  Plan tiles = plan_of(grid, input, w);
   PlannedRows rows;
-  if (!reader(plan).next(w.block_rows(), rows) || rows.width != tiles.width) return false;
+  if (!reader(plan).next(w.block_rows(), rows) || !tiles.agree(rows.width)) return false;
   const SparseRows sparse{rows.pointers, rows.activations, nullptr, added, 0, w.tall, w.wide, true, epilogue};
   if (type == ScalarType::Float) {
     multiply_images<float>(grid, tiles, input, weight, sparse, rows, w, result, held);
