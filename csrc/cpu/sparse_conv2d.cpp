@@ -56,7 +56,9 @@ std::optional<Tensor> sparse_plan_cpu(std::string pass, Tensor input, Tensor res
     good = plan_weight_gradient(form, call.axis(0), call.axis(1), call.in.strides, call.in.count, to + kHeadInts);
   } else {
     const Grid grid = call.grid();
-    good = plan_rows(form, grid, call.tiles(grid).width, to + kHeadInts);
+    Plan tiles = call.tiles(grid);
+    tiles.pack_if_read_often(call.in.channels, form.blocks * w.wide);
+    good = plan_rows(form, grid, tiles.width, to + kHeadInts);
   }
   return good ? std::optional(plan) : std::nullopt;
 }
@@ -110,9 +112,9 @@ std::optional<Tensor> sparse_product_cpu(Tensor input, Tensor weight, Tensor pla
   const SparseEpilogue epilogue{per_output(scale, "scale", w), static_cast<float>(low), static_cast<float>(high)};
   const float *const added = per_output(bias, "bias", w), *const held = residual_of(residual, call.result);
   const Grid grid = call.grid();
-  const Plan tiles = call.tiles(grid);
+  Plan tiles = call.tiles(grid);
   PlannedRows rows;
-  if (!sets(plan).next(w.block_rows(), rows) || rows.width != tiles.width) return std::nullopt;
+  if (!sets(plan).next(w.block_rows(), rows) || !tiles.agree(rows.width)) return std::nullopt;
   const SparseRows sparse{rows.pointers, rows.activations, nullptr, added, 0, w.tall, w.wide, true, epilogue};
   Tensor result = empty_strided(call.result, call.type());
   if (call.bfloat16) {

@@ -189,7 +189,8 @@ bool plan_input_gradient(const SparseForm& form, const GradientAxis& rows, const
   for (const Phase& v : phases(rows)) {
     for (const Phase& h : phases(columns)) {
       const Grid grid(v.axis, h.axis, images, lanes);
-      const Plan tiles(grid, form.shape.outputs, form.shape.wide, gradients);
+      Plan tiles(grid, form.shape.outputs, form.shape.wide, gradients);
+      tiles.pack_if_read_often(form.shape.outputs, form.blocks * form.shape.tall);
       plan = plan_transposed(form, v, h, grid, tiles.width, plan);
     }
   }
@@ -215,9 +216,9 @@ bool sparse_input_gradient(const GradientAxis& rows, const GradientAxis& columns
   for (const Phase& v : phases(rows)) {
     for (const Phase& h : phases(columns)) {
       const Grid grid(v.axis, h.axis, images, lanes);
-      const Plan tiles(grid, w.outputs, w.wide, gradients.strides);
+      Plan tiles(grid, w.outputs, w.wide, gradients.strides);
       PlannedRows planned;
-      if (!plan.next(w.channels / w.wide * w.groups, planned) || planned.width != tiles.width) return false;
+      if (!plan.next(w.channels / w.wide * w.groups, planned) || !tiles.agree(planned.width)) return false;
       const float* const values = gather_values(planned, w, weight, buffer);
       const Image<float> out{result.data + v.first * s.row + h.first * s.column,
                              {s.batch, s.channel, s.row * rows.forward.stride, s.column * columns.forward.stride}};
