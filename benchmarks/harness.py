@@ -1,9 +1,11 @@
 """How a number is made: check, then time all contenders interleaved, then print and record rows.
 
 - `measure` runs the correctness check first, in the same process; a wrong result raises WrongResult, nothing is timed.
-- Contenders run in turn, A B A B, ROUNDS times, after a warm-up of three calls (one of those slower than SLOW_MS). A
-  row holds the median and the interquartile range (IQR); one whose IQR exceeds 20% of its median says "noisy". A sample
-  of a fast contender is the mean of as many calls as fill SAMPLE_MS.
+- All contenders run once per round, ROUNDS times, after a warm-up of three calls (one of those slower than SLOW_MS).
+  Each round has another order, always the same ones: a contender that always followed the same one would be measured
+  with what that leaves in the caches (5% of an optimizer step). A row holds the median and the interquartile range
+  (IQR); one whose IQR exceeds 20% of its median says "noisy". A sample of a fast contender is the mean of as many calls
+  as fill SAMPLE_MS.
 - Where there are several baselines, the fastest is the one that a speedup names, unless the row says otherwise.
 - A row has the keys of ROW_KEYS, without those that mean nothing for it. `speedup` = baseline_ms / median_ms;
   `floor_ms`: the time in which this machine moves the bytes that must move, measured in the same run; `efficiency` =
@@ -17,6 +19,7 @@ import argparse
 import csv
 import json
 import math
+import random
 import statistics
 import sys
 import time
@@ -80,11 +83,11 @@ def measure(
             first = _sample(run, 2)
         calls[name] = max(1, math.ceil(SAMPLE_MS / max(first, 1e-3)))
     samples: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(ROUNDS):
-        for name, run in contenders.items():
+    for turn in range(ROUNDS):
+        for name in random.Random(turn).sample(list(contenders), len(contenders)):
             for _ in range(settle):
-                run()
-            samples[name].append(_sample(run, calls[name]))
+                contenders[name]()
+            samples[name].append(_sample(contenders[name], calls[name]))
     timings = {}
     for name, values in samples.items():
         quarters = statistics.quantiles(values, n=4, method="inclusive")

@@ -1,25 +1,41 @@
-"""python -m benchmarks.table: writes the speed section of README.md from the last recorded runs of each benchmark.
+"""python -m benchmarks.table: writes the speed section of README.md and benchmarks/results/README.md.
 
-Those of the machine that recorded last: one run for each number of threads and images.
-
-Nothing is left out: the convolutions, too many for one table, are given as the median over layers with the slowest and
-the fastest of them and the number of layers that lose against dense.
+Both come from the last recorded runs of each benchmark on the machine that recorded last, one run for each number of
+threads and images. The README has an overview, against the fastest baseline of each case, and says how many cases lose;
+the other file leaves nothing out: the convolutions, too many for one table, are given as the median over layers with
+the slowest and the fastest of them and the number of layers that lose against dense.
 """
 
 import csv
 import itertools
+import math
 import statistics
 from pathlib import Path
 
 from benchmarks.harness import RESULTS, is_noisy
 
-README = Path(__file__).parents[1] / "README.md"
+README, DETAILS = Path(__file__).parents[1] / "README.md", RESULTS / "README.md"
 BEGIN, END = "<!-- speed: written by python -m benchmarks.table -->", "<!-- end of speed -->"
 NOTHING = (
     "`make bench` prints the table for your machine. No figure is quoted here until it is recorded with its machine."
 )
-SHORT = "`make bench` prints the short forms for your machine; the command of each table stands below it."
+SHORT = (
+    "How much faster than the fastest stock function of each case (higher is better; below 1 is slower). `make bench` "
+    "prints the short forms for your machine."
+)
+FULL = """# All recorded figures
+
+Written by `python -m benchmarks.table`. The command of each table stands below it."""
+SPARSITIES = ("0.9", "0.95", "0.98")
 RUN = ("date", "commit", "command", "cpu")
+NAMES = {
+    "masked_sgd": "SGD step, 25.6M weights",
+    "masked_adamw": "AdamW step, 25.6M weights",
+    "topk_mask": "top-k masks, 25.5M weights",
+    "sparse_conv2d": "52 convolutions of ResNet-50",
+    "batch_norm": "batch-norm of ResNet-50, training",
+    "training": "training step of ResNet-50",
+}
 TITLES = {
     "masked_sgd": "One optimizer step of ResNet-50, all 25.6M parameters, momentum and weight decay",
     "masked_adamw": "The same step with AdamW, weight decay and both moments",
@@ -47,6 +63,11 @@ def last_runs(bench: str, folder: Path = RESULTS) -> list[list[dict[str, str]]]:
             runs.pop(key, None)  # its place is that of the newer one
             runs[key] = found
     return list(runs.values())
+
+
+def _run(rows: list[dict[str, str]]) -> str:
+    threads, batch = rows[0]["threads"], rows[0]["batch"]
+    return f"{threads} thread{'s' * (threads != '1')}" + f", batch {batch}" * bool(batch)
 
 
 def _noise(row: dict[str, str]) -> str:
@@ -97,12 +118,11 @@ def _summary(rows: list[dict[str, str]]) -> list[str]:
 def _origin(rows: list[dict[str, str]]) -> str:
     """Command, machine and quality of a run."""
     run = rows[0]
-    threads, batch = run["threads"], f", batch {run['batch']}" if run["batch"] else ""
     noisy = sum(bool(_noise(row)) for row in rows)
     reference = sum(row["backend"] == "reference" for row in rows)
     remarks = [
         f"`{run['command']}` at commit {run['commit']}, {run['date']}",
-        f"{run['cpu']}, {run['isa']}, {threads} threads{batch}, torch {run['torch']}",
+        f"{run['cpu']}, {run['isa']}, {_run(rows)}, torch {run['torch']}",
         f"load {run['load_before']} before and {run['load_after']} after",
         f"{noisy} of {len(rows)} rows noisy (interquartile range over 20% of the median)",
         *([f"{reference} of {len(rows)} rows run the plain PyTorch reference"] if reference else []),
@@ -110,22 +130,80 @@ def _origin(rows: list[dict[str, str]]) -> str:
     return "; ".join(remarks) + "."
 
 
+def _speedups(rows: list[dict[str, str]]) -> dict[tuple[str, ...], float]:
+    """Case, pass, layout, pattern and sparsity -> speedup over the fastest baseline, but for parts of a step."""
+    found: dict[tuple[str, ...], float] = {}
+    for row in rows:
+        part = row["bench"] == "training" and row["case"] != "resnet50/step"
+        if row["baseline"] and not part and row["sparsity"] in ("", *SPARSITIES):
+            key = row["case"], row["pass"], row["layout"], row["pattern"], row["sparsity"]
+            found[key] = min(found.get(key, math.inf), float(row["speedup"]))
+    return found
+
+
+def _overview_lines(bench: str, rows: list[dict[str, str]]) -> list[str]:
+    """One line per case that stands for the whole; the range of benchmarks that have only single layers."""
+    speedups = _speedups(rows)
+    run = _run(rows)
+    if not any(key[-1] for key in speedups):
+        text = f"{min(speedups.values()):.2f}x to {max(speedups.values()):.2f}x"
+        return [f"| {NAMES[bench]} | {run} | {len(speedups)} cases, no sparsity | {text} | | |"]
+    lines = []
+    for case, pass_, layout, pattern in dict.fromkeys(key[:-1] for key in speedups):
+        whole = case.rpartition("/")[2]
+        if whole not in ("all", "per-tensor", "step") or pass_.endswith("_grad") or not pattern:
+            continue
+        if pass_ == "forward" and layout != "packed":
+            continue
+        what = {"forward": ", forward", "both": ", forward and backward"}.get(pass_, "") + ", per tensor" * (
+            whole == "per-tensor"
+        )
+        cells = [speedups.get((case, pass_, layout, pattern, sparsity)) for sparsity in SPARSITIES]
+        texts = [f"{cell:.2f}x" if cell else "" for cell in cells]
+        weights = pattern + ", packed" * (layout == "packed")
+        lines.append(f"| {NAMES[bench]}{what} | {run} | {weights} | " + " | ".join(texts) + " |")
+    return lines
+
+
+def overview(folder: Path = RESULTS) -> str:
+    """The speed section of the README."""
+    runs = [(bench, run) for bench in TITLES for run in last_runs(bench, folder)]
+    if not runs:
+        return NOTHING
+    lines = ["| | | weights | 90% | 95% | 98% |", "|" + " --- |" * 6]
+    lines += [line for bench, run in runs for line in _overview_lines(bench, run)]
+    cases = [
+        (speedup, f"{key[0]} {key[1]}, {key[3]} {key[4]}, {_run(run)}")
+        for _, run in runs
+        for key, speedup in _speedups(run).items()
+    ]
+    slower = sorted(case for case in cases if case[0] < 1)
+    worst = "; ".join(f"{name}: {speedup:.2f}x" for speedup, name in slower[:3])
+    dates = sorted(run[0]["date"] for _, run in runs)
+    machine = f"{runs[-1][1][0]['cpu']}, {runs[-1][1][0]['isa']}, torch {runs[-1][1][0]['torch']}"
+    said = f"Of all {len(cases)} cases, single layers and passes too, {len(slower)} are slower"
+    said += f" ({worst}); `sk.nn.accelerate` leaves layers dense that would lose" * bool(slower)
+    where = "[benchmarks/results](benchmarks/results/README.md) has all of them, with commands, times and floors"
+    return "\n".join([SHORT, "", *lines, "", f"{said}. {where}. {machine}; {dates[0][:10]} to {dates[-1][:10]}."])
+
+
 def render(folder: Path = RESULTS) -> str:
-    """The speed section."""
+    """All tables."""
     parts = []
     for bench, title in TITLES.items():
         runs = last_runs(bench, folder)
         tables = [
             "\n".join([*(_summary if bench == "sparse_conv2d" else _lines)(run), "", _origin(run)]) for run in runs
         ]
-        parts += [f"**{title}**", *tables] if tables else []
-    return "\n\n".join([SHORT, *parts] if parts else [NOTHING])
+        parts += [f"## {title}", *tables] if tables else []
+    return "\n\n".join([FULL, *parts] if parts else [NOTHING])
 
 
 def main() -> None:
     text = README.read_text()
     head, rest = text.split(BEGIN)
-    README.write_text(f"{head}{BEGIN}\n{render()}\n{END}{rest.split(END)[1]}")
+    README.write_text(f"{head}{BEGIN}\n{overview()}\n{END}{rest.split(END)[1]}")
+    DETAILS.write_text(render() + "\n")
 
 
 if __name__ == "__main__":

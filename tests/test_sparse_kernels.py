@@ -163,6 +163,37 @@ def test_input_gradient_beyond_one_tile(native, stride, padding, threads):
     assert_close(results[0], want.double(), mask[:, 0].numel())
 
 
+@pytest.fixture
+def unwritten():
+    """Memory is NaN until something is written to it."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("stride", [2, 3, (1, 2), (2, 1)])
+@pytest.mark.parametrize("size", [(24, 24), (33, 41), (96, 112)])
+def test_input_gradient_of_pixels_apart_is_zero_between(native, unwritten, size, stride, threads):
+    """Small images, rows off cache lines, and results that go past the caches."""
+    if native in ("triton", "emulated-cuda"):
+        pytest.skip("of the CPU kernels, which write zeros and gradients together")
+    torch.manual_seed(0)
+    x = torch.randn(5, 44, *size, requires_grad=True)
+    w, mask = torch.randn(8, 44, 1, 1), block_mask((8, 44, 1, 1), "4x1", 0.8)
+    s = sk.ops.sparse_structure(mask, "4x1")
+    exact = torch.nn.functional.conv2d(x.double(), torch.where(mask, w, 0).double(), None, stride)
+    grad = torch.randn(exact.shape)
+    (want,) = torch.autograd.grad(exact, x, grad.double())
+    results = []
+    for count in (1, 3):
+        threads(count)
+        for form in (torch.contiguous_format, LAST):
+            image = x.detach().to(memory_format=form).requires_grad_()
+            results += torch.autograd.grad(sk.ops.sparse_conv2d(image, w, s, None, stride), image, grad)
+    assert_close(results[0], want.double(), 8)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
 @pytest.mark.parametrize("rows", [1, 250])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_linear_gradients_agree_with_float64_on_any_number_of_threads(native, rows, pattern, threads):
@@ -230,7 +261,12 @@ def test_bfloat16_images_are_read_and_written_as_they_are(native, pattern, case,
     x, w, b = (torch.randn(n).bfloat16() for n in ((batch, channels, *size), shape, (out,)))
     x[0, 0] *= 1e-38  # denormals are numbers
     product, seen = sparse_kernels.product, []
-    spy = lambda result, input, weight, *rest: seen.append(input.dtype) or product(result, input, weight, *rest)  # noqa: E731
+
+    def spy(input, *rest):
+        if (found := product(input, *rest)) is not None:
+            seen.append(input.dtype)
+        return found
+
     monkeypatch.setattr(sparse_kernels, "product", spy)
     for form in (torch.contiguous_format, LAST):
         image = x.to(memory_format=form)

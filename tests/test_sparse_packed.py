@@ -179,6 +179,28 @@ def test_only_plain_unwatched_calls_are_short(native_isa, monkeypatch):
         torch.func.vmap(lambda x: sk.ops.sparse_conv2d(x, w, s))(torch.stack([x, 2 * x]))
 
 
+def test_repeated_calls_of_one_shape_may_lie_differently(native_isa):
+    w, s, mask = layer("4x1")
+    x, wide = torch.randn(2, 8, 6, 6), torch.randn(2, 8, 6, 12)
+    halves = [t.bfloat16() for t in (x, w)]
+    images = x, x.to(memory_format=torch.channels_last), wide[..., ::2], x.transpose(2, 3)
+    weights = w, s.pack(w), w.to(memory_format=torch.channels_last), w.transpose(2, 3).contiguous().transpose(2, 3)
+    kept, want = torch.where(mask, w, 0), torch.nn.functional.conv2d
+    for _ in range(2):
+        for image in images:
+            for weight in weights:
+                for asked in (False, True):
+                    found = sk.ops.sparse_conv2d(image.detach().requires_grad_(asked), weight, s, None, 1, 1)
+                    torch.testing.assert_close(found, want(image, kept, None, 1, 1))
+                    last = image is images[1]
+                    assert found.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        rounded = sk.ops.sparse_conv2d(*halves, s, None, 1, 1)
+        torch.testing.assert_close(rounded, want(halves[0], torch.where(mask, halves[1], 0), None, 1, 1))
+        for refused in (x.to_sparse(), x.to("meta"), x.double()):
+            with pytest.raises((TypeError, ValueError), match=r"input|weight"):
+                sk.ops.sparse_conv2d(refused, w, s, None, 1, 1)
+
+
 @pytest.mark.parametrize("asked", ["xwb", "w", "x", "b"])
 @pytest.mark.parametrize("last", [False, True])
 def test_repeated_calls_have_the_gradients_of_the_first(native_isa, asked, last):
@@ -189,7 +211,7 @@ def test_repeated_calls_have_the_gradients_of_the_first(native_isa, asked, last)
     exact = [t.detach().double().requires_grad_() for t in given]
     ramp = torch.linspace(-1, 1, 2 * 8 * 3 * 3).reshape(2, 8, 3, 3)
     torch.nn.functional.conv2d(exact[0], torch.where(mask, exact[1], 0), exact[2], 2, 1).backward(ramp.double())
-    for name in ("first", "SparseConv2d", "SparseConv2d"):
+    for name in ("first", "SparseProduct", "SparseProduct"):
         result = sk.ops.sparse_conv2d(given[0], given[1], s, given[2], 2, 1)
         assert name == "first" or type(result.grad_fn).__name__.startswith(name)
         result.backward(ramp)

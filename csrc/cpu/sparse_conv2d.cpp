@@ -1,55 +1,23 @@
 // Host side of sparse_conv2d and sparse_linear on CPU: from tensors to a grid, planned rows and two images.
 //
-// Each pass is two calls: one makes a plan from a structure, the other runs it and answers false if the plan was made
-// for other tiles than those of the instruction set in use. Callers keep plans and never take them from a user.
+// Each pass is two calls: one makes a plan from a structure, the other runs it, and does not if the plan was made for
+// other tiles than those of the instruction set in use. A plan begins with the convolution that it was made for, so a
+// call takes few arguments: that is a good part of the time of a small layer. Callers keep plans and never take them
+// from a user.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cstring>
 #include <optional>
-#include <string>
 #include <type_traits>
-#include <vector>
 
-#include "sparse_gradient.h"
+#include "sparse_call.h"
 #include "sparse_scatter.h"
 
 namespace sparsekern {
 namespace {
-
-using torch::stable::Tensor;
-using ScalarType = torch::headeronly::ScalarType;
-using Ints = std::vector<int64_t>;
-
-void check_values(const Tensor& t, const char* name, int64_t dims, ScalarType type) {
-  STD_TORCH_CHECK(t.scalar_type() == type && t.is_cpu() && t.dim() == dims, "sparsekern: ", name, " must be ",
-                  type == ScalarType::Float ? "float32" : "bfloat16", " on CPU with ", dims, " dims");
-}
-
-// The product takes both types, for all operands alike; the gradients take float32.
-ScalarType type_of(const Tensor& input) {
-  return input.scalar_type() == ScalarType::BFloat16 ? ScalarType::BFloat16 : ScalarType::Float;
-}
-
-void check_ints(const Tensor& t) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int && t.is_cpu() && t.dim() == 1 && t.is_contiguous(),
-                  "sparsekern: structure must be contiguous, 1-d, int32 and on CPU");
-}
-
-// The weight is dense, (out, in / groups, rows, columns) or (out, in), or packed: 1-d.
-SparseShape sparse_shape(const Tensor& weight, const Ints& shape, const std::string& layout, int64_t groups,
-                         ScalarType type = ScalarType::Float) {
-  const int32_t tall = layout == "4x1" ? 4 : 1, wide = layout == "1x4" ? 4 : 1;
-  STD_TORCH_CHECK(shape.size() == 4 && groups > 0 && shape[0] % (groups * tall) == 0 && shape[1] % wide == 0,
-                  "sparsekern: layout ", layout, " must divide the channels of a group");
-  const bool packed = weight.dim() == 1;
-  check_values(weight, "weight", packed ? 1 : weight.dim(), type);
-  STD_TORCH_CHECK(packed || weight.numel() == shape[0] * shape[1] * shape[2] * shape[3],
-                  "sparsekern: weight must have its shape or be packed");
-  const int64_t step = packed || tall * wide == 1 ? 1 : weight.stride(tall == 4 ? 0 : 1);
-  return {shape[0], shape[1], groups, tall, wide, step};
-}
 
 SparseForm sparse_form(const Tensor& weight, const std::vector<Tensor>& structure, const SparseShape& shape) {
   STD_TORCH_CHECK(structure.size() == 2, "sparsekern: structure must have two tensors");
@@ -64,67 +32,35 @@ SparseForm sparse_form(const Tensor& weight, const std::vector<Tensor>& structur
   return form;
 }
 
-Strides strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
-
-// The operands of a convolution: images, kernel and how they meet.
-struct Geometry {
-  GradientAxis rows, columns;
-  int64_t images, lanes;
-
-  Grid grid() const { return Grid(rows.forward, columns.forward, images, lanes); }
-};
-
-GradientAxis axis(const Tensor& input, const Tensor& result, int64_t dim, int64_t kernel, int64_t stride,
-                  int64_t padding, int64_t dilation) {
-  const int64_t size = input.size(dim), output = result.size(dim);
-  STD_TORCH_CHECK(stride > 0 && dilation > 0 && padding >= 0 && kernel > 0 && output > 0 &&
-                      (output - 1) * stride + (kernel - 1) * dilation < size + 2 * padding,
-                  "sparsekern: geometry of dim ", dim, " does not give ", output, " outputs");
-  Ints positions;
-  for (int64_t k = 0; k < kernel; ++k) positions.push_back(k * dilation);
-  return {Axis(size, output, stride, padding, positions), size, kernel, dilation};
-}
-
-// `geometry`: stride, padding and dilation, each vertical then horizontal.
-Geometry geometry_of(const Tensor& input, const Tensor& result, const Ints& shape, const Ints& geometry,
-                     const SparseShape& w, ScalarType type = ScalarType::Float) {
-  check_values(input, "input", 4, type);
-  check_values(result, "result", 4, type);
-  STD_TORCH_CHECK(geometry.size() == 6, "sparsekern: geometry must have six entries");
-  STD_TORCH_CHECK(input.size(1) == w.channels * w.groups && result.size(0) == input.size(0) &&
-                      result.size(1) == w.outputs && result.numel() > 0,
-                  "sparsekern: input, weight and result must agree in batch and channels");
-  return {axis(input, result, 2, shape[2], geometry[0], geometry[2], geometry[4]),
-          axis(input, result, 3, shape[3], geometry[1], geometry[3], geometry[5]), input.size(0), limits().lanes};
-}
-
-PlanReader reader(const Tensor& plan) {
-  check_ints(plan);
-  return PlanReader(plan.const_data_ptr<int32_t>(), plan.numel());
-}
-
-Plan plan_of(const Grid& grid, const Tensor& input, const SparseShape& w) {
-  return Plan(grid, input.size(1), w.tall, strides_of(input), type_of(input) == ScalarType::Float);
-}
-
-// Fills `plan` for one pass; false if the structure is not one. `result` is the output of the convolution or its
-// gradient.
-bool sparse_plan_cpu(Tensor plan, std::string pass, Tensor input, Tensor result, Tensor weight,
-                     std::vector<Tensor> structure, std::string layout, Ints shape, Ints geometry, int64_t groups) {
-  const ScalarType type = pass == "product" ? type_of(input) : ScalarType::Float;
-  const SparseShape w = sparse_shape(weight, shape, layout, groups, type);
+// The plan of one pass, none if the structure is not one. `result` is the output of the convolution or its gradient.
+std::optional<Tensor> sparse_plan_cpu(std::string pass, Tensor input, Tensor result, Tensor weight,
+                                      std::vector<Tensor> structure, std::string layout, Ints shape, Ints geometry,
+                                      int64_t groups) {
+  const bool bfloat16 = pass == "product" && input.scalar_type() == ScalarType::BFloat16;
+  const SparseCall call = sparse_call(input, result, weight, bfloat16 ? ScalarType::BFloat16 : ScalarType::Float,
+                                      layout, shape, geometry, groups);
+  const SparseShape& w = call.shape;
   const SparseForm form = sparse_form(weight, structure, w);
-  const Geometry g = geometry_of(input, result, shape, geometry, w, type);
-  check_ints(plan);
+  // The gradient of the input has a set of rows per share of its channels or per phase of the stride.
   const bool transposed = pass == "input";
-  const int64_t sets = transposed ? std::max(kMostShares, geometry[0] * geometry[1]) : 1;
+  const int64_t sets = transposed ? std::max(kMostShares, call.stride[0] * call.stride[1]) : 1;
   const int64_t rows = transposed ? std::max(w.channels * groups, w.block_rows()) : w.block_rows();
-  STD_TORCH_CHECK(plan.numel() >= sets * planned_size(rows, 0) + 2 * form.blocks, "sparsekern: plan is too small");
+  Tensor plan = torch::stable::new_empty(structure[1], {kHeadInts + sets * planned_size(rows, 0) + 2 * form.blocks});
   int32_t* const to = plan.mutable_data_ptr<int32_t>();
-  if (pass == "input") return plan_input_gradient(form, g.rows, g.columns, strides_of(result), g.images, g.lanes, to);
-  if (pass == "weight") return plan_weight_gradient(form, g.rows, g.columns, strides_of(input), g.images, to);
-  const Grid grid = g.grid();
-  return plan_rows(form, grid, plan_of(grid, input, w).width, to);
+  std::memcpy(to, &call, sizeof call);
+  bool good;
+  if (transposed) {
+    good = plan_input_gradient(form, call.axis(0), call.axis(1), call.out.strides, call.in.count, limits().lanes,
+                               to + kHeadInts);
+  } else if (pass == "weight") {
+    good = plan_weight_gradient(form, call.axis(0), call.axis(1), call.in.strides, call.in.count, to + kHeadInts);
+  } else {
+    const Grid grid = call.grid();
+    Plan tiles = call.tiles(grid);
+    tiles.pack_if_read_often(call.in.channels, form.blocks * w.wide);
+    good = plan_rows(form, grid, tiles.width, to + kHeadInts);
+  }
+  return good ? std::optional(plan) : std::nullopt;
 }
 
 // A contiguous vector with an entry per output channel, or null.
@@ -136,69 +72,87 @@ const float* per_output(const std::optional<Tensor>& t, const char* name, const 
   return t->const_data_ptr<float>();
 }
 
-const float* residual_of(const std::optional<Tensor>& t, const Tensor& result) {
+const float* residual_of(const std::optional<Tensor>& t, const Form& result) {
   if (!t) return nullptr;
-  check_values(*t, "residual", 4, ScalarType::Float);
-  STD_TORCH_CHECK(t->sizes().equals(result.sizes()) && t->strides().equals(result.strides()),
-                  "sparsekern: residual must lie as result does");
+  result.check(*t, "residual");
   return t->const_data_ptr<float>();
+}
+
+// Without values yet. torch's stable C++ has no such function.
+Tensor empty_strided(const Form& form, ScalarType type) {
+  AtenTensorHandle handle;
+  const int32_t dtype = type == ScalarType::Float ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16();
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(form.dims, form.sizes, form.strides, dtype, aoti_torch_device_type_cpu(), -1, &handle));
+  return Tensor(handle);
 }
 
 // T is the type of input, weight and result; `sparse` lacks its values.
 template <class T>
-void multiply_images(const Grid& grid, const Plan& tiles, const Tensor& input, const Tensor& weight, SparseRows sparse,
-                     const PlannedRows& rows, const SparseShape& w, Tensor& result, const float* residual) {
+void multiply_images(const SparseCall& call, const Grid& grid, const Plan& tiles, const Tensor& input,
+                     const Tensor& weight, SparseRows sparse, const PlannedRows& rows, Tensor& result,
+                     const float* residual) {
   thread_local Buffer<float> buffer;
   const T* const values = static_cast<const T*>(weight.const_data_ptr());
   if constexpr (std::is_same_v<T, float>) sparse.values = values;
-  if (weight.dim() > 1 || !sparse.values) sparse.values = gather_values(rows, w, values, buffer);
-  const Image<const T> from{static_cast<const T*>(input.const_data_ptr()), strides_of(input)};
-  const Image<T> to{static_cast<T*>(result.mutable_data_ptr()), strides_of(result)};
-  multiply(grid, tiles, from, input.size(1), sparse, rows.rows, to, residual);
+  if (weight.dim() > 1 || !sparse.values) sparse.values = gather_values(rows, call.shape, values, buffer);
+  const Image<const T> from{static_cast<const T*>(input.const_data_ptr()), call.in.strides};
+  const Image<T> to{static_cast<T*>(result.mutable_data_ptr()), call.out.strides};
+  multiply(grid, tiles, from, call.in.channels, sparse, rows.rows, to, residual);
 }
 
-bool sparse_product_cpu(Tensor result, Tensor input, Tensor weight, Tensor plan, std::string layout,
-                        std::optional<Tensor> bias, std::optional<Tensor> scale, std::optional<Tensor> residual,
-                        double low, double high, Ints shape, Ints geometry, int64_t groups) {
-  const ScalarType type = type_of(input);
-  const SparseShape w = sparse_shape(weight, shape, layout, groups, type);
-  const Geometry g = geometry_of(input, result, shape, geometry, w, type);
-  STD_TORCH_CHECK(type == ScalarType::Float || !residual, "sparsekern: residual must be none with bfloat16");
+// None if the plan is for other operands, or for tiles of another instruction set.
+std::optional<Tensor> sparse_product_cpu(Tensor input, Tensor weight, Tensor plan, std::optional<Tensor> bias,
+                                         std::optional<Tensor> scale, std::optional<Tensor> residual, double low,
+                                         double high) {
+  const SparseCall call = head(plan);
+  const SparseShape& w = call.shape;
+  if (!call.input.fits(input, call.type()) || !call.weight.fits(weight, call.type())) return std::nullopt;
+  STD_TORCH_CHECK(!call.bfloat16 || !residual, "sparsekern: residual must be none with bfloat16");
   const SparseEpilogue epilogue{per_output(scale, "scale", w), static_cast<float>(low), static_cast<float>(high)};
-  const float *const added = per_output(bias, "bias", w), *const held = residual_of(residual, result);
-  const Grid grid = g.grid();
-  const Plan tiles = plan_of(grid, input, w);
+  const float *const added = per_output(bias, "bias", w), *const held = residual_of(residual, call.result);
+  const Grid grid = call.grid();
+  Plan tiles = call.tiles(grid);
   PlannedRows rows;
-  if (!reader(plan).next(w.block_rows(), rows) || rows.width != tiles.width) return false;
+  if (!sets(plan).next(w.block_rows(), rows) || !tiles.agree(rows.width)) return std::nullopt;
   const SparseRows sparse{rows.pointers, rows.activations, nullptr, added, 0, w.tall, w.wide, true, epilogue};
-  if (type == ScalarType::Float) {
-    multiply_images<float>(grid, tiles, input, weight, sparse, rows, w, result, held);
+  Tensor result = empty_strided(call.result, call.type());
+  if (call.bfloat16) {
+    multiply_images<BFloat16>(call, grid, tiles, input, weight, sparse, rows, result, nullptr);
   } else {
-    multiply_images<BFloat16>(grid, tiles, input, weight, sparse, rows, w, result, nullptr);
+    multiply_images<float>(call, grid, tiles, input, weight, sparse, rows, result, held);
   }
-  return true;
+  return result;
 }
 
 // `result` is stored as the weight is, output by output.
-bool sparse_weight_gradient_cpu(Tensor result, Tensor grad, Tensor input, Tensor plan, std::string layout, Ints shape,
-                                Ints geometry, int64_t groups) {
-  const SparseShape w = sparse_shape(result, shape, layout, groups);
-  const Geometry g = geometry_of(input, grad, shape, geometry, w);
+bool sparse_weight_gradient_cpu(Tensor result, Tensor grad, Tensor input, Tensor plan) {
+  const SparseCall call = head(plan);
+  call.weight.check(result, "result");
+  call.result.check(grad, "grad");
+  call.input.check(input, "input");
+  const SparseShape& w = call.shape;
   const int64_t row_size = result.dim() > 1 ? result.numel() / w.outputs : 0;
   STD_TORCH_CHECK(result.dim() == 1 || w.outputs == 1 || result.stride(0) == row_size,
                   "sparsekern: the outputs of a weight gradient must follow each other in memory");
-  return sparse_weight_gradient(g.rows, g.columns, {input.const_data_ptr<float>(), strides_of(input)}, w, reader(plan),
-                                {grad.const_data_ptr<float>(), strides_of(grad)}, result.mutable_data_ptr<float>(),
-                                row_size, g.images);
+  return sparse_weight_gradient(call.axis(0), call.axis(1), {input.const_data_ptr<float>(), call.in.strides}, w,
+                                sets(plan), {grad.const_data_ptr<float>(), call.out.strides},
+                                result.mutable_data_ptr<float>(), row_size, call.in.count);
 }
 
-bool sparse_input_gradient_cpu(Tensor result, Tensor grad, Tensor weight, Tensor plan, std::string layout, Ints shape,
-                               Ints geometry, int64_t groups) {
-  const SparseShape w = sparse_shape(weight, shape, layout, groups);
-  const Geometry g = geometry_of(result, grad, shape, geometry, w);
-  return sparse_input_gradient(g.rows, g.columns, {grad.const_data_ptr<float>(), strides_of(grad)}, w, reader(plan),
-                               weight.const_data_ptr<float>(), {result.mutable_data_ptr<float>(), strides_of(result)},
-                               g.images, g.lanes);
+bool sparse_input_gradient_cpu(Tensor result, Tensor grad, Tensor weight, Tensor plan) {
+  const SparseCall call = head(plan);
+  call.input.check(result, "result");
+  call.result.check(grad, "grad");
+  call.weight.check(weight, "weight");
+  const GradientAxis rows = call.axis(0), columns = call.axis(1);
+  const int64_t images = call.in.count, lanes = limits().lanes;
+  if (!fills_input_gradient(rows, columns, call.out.strides, call.shape, call.in.strides, images, lanes)) {
+    torch::stable::zero_(result);
+  }
+  return sparse_input_gradient(rows, columns, {grad.const_data_ptr<float>(), call.out.strides}, call.shape, sets(plan),
+                               weight.const_data_ptr<float>(), {result.mutable_data_ptr<float>(), call.in.strides},
+                               images, lanes);
 }
 
 }  // namespace

@@ -23,8 +23,11 @@ bool sparse_weight_gradient(const GradientAxis& rows, const GradientAxis& column
                             const SparseShape& w, PlanReader plan, const Image<const float>& gradients, float* result,
                             int64_t row_size, int64_t images);
 
-// The gradient of the input. Pixels that no tap reaches by the stride stay as they are. False if the plan is for other
-// tiles.
+// Whether the function below writes all of `result`, or leaves pixels that no tap reaches by the stride as they are.
+bool fills_input_gradient(const GradientAxis& rows, const GradientAxis& columns, const Strides& gradients,
+                          const SparseShape& w, const Strides& result, int64_t images, int64_t lanes);
+
+// The gradient of the input. False if the plan is for other tiles.
 bool sparse_input_gradient(const GradientAxis& rows, const GradientAxis& columns, const Image<const float>& gradients,
                            const SparseShape& w, PlanReader plan, const float* weight, const Image<float>& result,
                            int64_t images, int64_t lanes);

@@ -1,5 +1,7 @@
 #include "sparse_image.h"
 
+#include <algorithm>
+
 #include "dispatch.h"
 
 namespace sparsekern {
@@ -61,6 +63,27 @@ template void unpack_runs(const float*, int64_t, int64_t, const std::vector<Spar
                           const Image<float>&, bool);
 template void unpack_runs(const float*, int64_t, int64_t, const std::vector<SparseRun>&, int64_t, int64_t,
                           const Image<BFloat16>&, bool);
+
+void spread_runs(const float* packed, int64_t width, const std::vector<SparseRun>& runs, int64_t channels, int64_t step,
+                 const Image<float>& output, const SpreadShape& shape, bool stream) {
+  thread_local Buffer<float> line;
+  const Strides& s = output.strides;
+  const int64_t size = shape.rows * shape.columns;
+  const auto image_of = [&](const SparseRun& run) { return run.image / std::max(s.batch, size); };
+  for (auto first = runs.begin(); first != runs.end();) {
+    const int64_t image = image_of(*first);
+    auto next = first;
+    while (next != runs.end() && image_of(*next) == image) ++next;
+    const SparseRun& last = *(next - 1);
+    const int64_t pixel = last.image + (last.count - 1) * step - image * s.batch;
+    const bool whole = pixel % shape.columns + step >= shape.columns;  // the row has no further pixel
+    const int64_t until = whole ? std::min((pixel / shape.columns + shape.down) * shape.columns, size) : pixel + step;
+    const int64_t end = image * s.batch + until;
+    kernels().sparse_spread(packed, width, &*first, next - first, channels, output.data, s.channel, step, end,
+                            line.get(end - first->image), stream);
+    first = next;
+  }
+}
 
 NumberedRows numbered_rows(const std::vector<SparseRun>& runs, int64_t count, const Image<const float>& image,
                            int64_t begin, int64_t channels, int64_t width, Buffer<float>& buffer) {

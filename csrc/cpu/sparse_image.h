@@ -14,6 +14,11 @@ struct Image {
   Strides strides;
 };
 
+// An image whose pixels are `down` rows and some columns apart: its rows and columns.
+struct SpreadShape {
+  int64_t rows, columns, down;
+};
+
 // Packs `channels` rows of `width` floats; `step` pixels lie between the pixels of a run. T is float or BFloat16.
 template <class T>
 void pack_runs(const Image<const T>& input, int64_t step, const std::vector<SparseRun>& runs, int64_t channels,
@@ -24,6 +29,11 @@ void pack_runs(const Image<const T>& input, int64_t step, const std::vector<Spar
 template <class T>
 void unpack_runs(const float* packed, int64_t width, int64_t count, const std::vector<SparseRun>& runs,
                  int64_t channels, int64_t step, const Image<T>& output, bool stream = false);
+
+// As unpack_runs into images without gaps, and zeros behind each pixel up to the next one, or to the end of its image:
+// the first pixel of an image is its first element, and the tiles of it together write all.
+void spread_runs(const float* packed, int64_t width, const std::vector<SparseRun>& runs, int64_t channels, int64_t step,
+                 const Image<float>& output, const SpreadShape& shape, bool stream);
 
 // Channels of an image in the order of the numbers of a grid, `width` floats apart.
 struct NumberedRows {

@@ -39,7 +39,8 @@ struct Tiles {
     if (width / 16 % 2 == 0) width += 16;  // an odd number of cache lines spreads the channels over all sets
     shares = std::clamp<int64_t>(std::min(ceil_divide(kTasks, count), all_channels / 16), 1, kMostShares);
     channels = ceil_divide(all_channels, shares);
-    stream = grid.images * all_channels * grid.rows.output * grid.columns.output >= kStreamFloats;
+    const int64_t down = grid.rows.output * grid.rows.stride, across = grid.columns.output * grid.columns.stride;
+    stream = grid.images * all_channels * down * across >= kStreamFloats;
   }
 };
 
@@ -86,7 +87,8 @@ int32_t* plan_share(const SparseForm& form, const Grid& grid, const Tiles& t, in
 }
 
 void scatter_tile(const Grid& grid, const Tiles& t, int64_t tile, const Image<const float>& gradients,
-                  const SparseRows& rows, int64_t block_rows, int64_t channels, const Image<float>& result) {
+                  const SparseRows& rows, int64_t block_rows, int64_t channels, const Image<float>& result,
+                  const std::optional<SpreadShape>& spread) {
   thread_local Buffer<float> buffer, gradient_buffer;
   thread_local std::vector<SparseRun> runs;
   const int64_t span = tile / t.per_span, first = tile % t.per_span * t.positions;
@@ -103,8 +105,12 @@ void scatter_tile(const Grid& grid, const Tiles& t, int64_t tile, const Image<co
   }
   for (int64_t plane = 0; plane < grid.planes(); ++plane) {
     grid.inputs(runs, span, first, last - first, plane, result.strides);
-    unpack_runs(packed + plane * t.channels * t.width + (first - start), t.width, t.positions, runs, channels,
-                grid.columns.stride, result, t.stream);
+    const float* const from = packed + plane * t.channels * t.width + (first - start);
+    if (spread) {
+      spread_runs(from, t.width, runs, channels, grid.columns.stride, result, *spread, t.stream);
+    } else {
+      unpack_runs(from, t.width, t.positions, runs, channels, grid.columns.stride, result, t.stream);
+    }
   }
 }
 
@@ -119,7 +125,7 @@ bool plan_scattered(const SparseForm& form, const Grid& grid, int32_t* plan) {
 }
 
 bool scattered_gradient(const Grid& grid, const Image<const float>& gradients, const SparseShape& w, PlanReader plan,
-                        const float* weight, const Image<float>& result) {
+                        const float* weight, const Image<float>& result, const std::optional<SpreadShape>& spread) {
   thread_local Buffer<float> buffers[kMostShares];
   const int64_t channels = w.channels * w.groups;
   const Tiles t(grid, channels);
@@ -134,7 +140,7 @@ bool scattered_gradient(const Grid& grid, const Image<const float>& gradients, c
     for (int64_t i = begin; i < end; ++i) {
       const int64_t from = i % t.shares * t.channels, count = std::min(t.channels, channels - from);
       const Image<float> part{result.data + from * result.strides.channel, result.strides};
-      scatter_tile(grid, t, i / t.shares, gradients, shares[i % t.shares], w.block_rows(), count, part);
+      scatter_tile(grid, t, i / t.shares, gradients, shares[i % t.shares], w.block_rows(), count, part, spread);
     }
   });
   return true;

@@ -53,11 +53,11 @@ class Epilogue:
             result = result + self.residual
         return result if self.activation is None else result.clamp(*BOUNDS[self.activation])
 
-    def for_kernel(self, result: Tensor) -> tuple[Any, ...] | None:
-        """What the kernel takes, or None if a shape or the memory does not fit."""
+    def for_kernel(self, shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[Any, ...] | None:
+        """What the kernel takes, or None if a shape or the memory does not fit the result's."""
         scale, residual = self.scale, self.residual
-        if residual is not None and (residual.shape != result.shape or residual.stride() != result.stride()):
+        if residual is not None and (residual.shape != shape or residual.stride() != strides):
             return None
-        if scale is not None and (scale.shape != result.shape[1:2] or not scale.is_contiguous()):
+        if scale is not None and (scale.shape != shape[1:2] or not scale.is_contiguous()):
             return None
         return scale, residual, *BOUNDS[self.activation]

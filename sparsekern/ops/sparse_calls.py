@@ -1,4 +1,4 @@
-"""Repeated calls of sparse_conv2d go straight to the kernel, and their gradients to theirs.
+"""Repeated calls of sparse_conv2d and sparse_linear go straight to the kernel, and their gradients to theirs.
 
 Checks, the dispatcher and the layers of Python behind it cost more than a hundred microseconds where a gradient is
 asked for, as much as a small layer takes. What they decide depends on shapes, strides, geometry and structure only, so
@@ -17,102 +17,111 @@ from torch.autograd import forward_ad
 
 from sparsekern.ops import sparse_kernels
 from sparsekern.ops.epilogue import BOUNDS, Epilogue
-from sparsekern.ops.sparse_structure import SparseStructure, compiled_product
+from sparsekern.ops.sparse_operands import compiled_product
+from sparsekern.ops.sparse_structure import SparseStructure
 
 
 @dataclass(frozen=True)
 class Call:
-    """How to run a call again, as long as the structure's tensors are still of these versions."""
+    """How to run a call again, as long as the structure's tensors are still of these versions.
+
+    That the operands are of the same dtypes and lie the same way is seen by the kernel, which else does nothing.
+    """
 
     versions: tuple[int, int]
+    dtype: torch.dtype
     plan: Tensor
-    output: torch.Size
-    last: bool  # channels_last
-    rest: tuple[Any, ...]  # shape, geometry and groups, for the kernel
-    backward: Callable[..., Any]  # as the operator sparse_conv2d_backward
-
-    def new_result(self, input: Tensor) -> Tensor:
-        """Without values yet."""
-        if self.last:
-            return torch.empty(self.output, dtype=input.dtype, memory_format=torch.channels_last)
-        return input.new_empty(self.output)
+    output: tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides
+    backward: Backward
 
 
-class SparseConv2d(torch.autograd.Function):
+@dataclass(frozen=True)
+class Backward:
+    """The gradient of a call: ``operator`` of the dispatcher, as it is ``served`` on CPU, and the arguments that it
+    takes before ``needs``."""
+
+    operator: Callable[..., Any]
+    served: Callable[..., Any]
+    geometry: tuple[Any, ...]
+
+
+class SparseProduct(torch.autograd.Function):
     """A repeated float32 call that a gradient is asked of."""
 
     @staticmethod
     def forward(
         ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, call: Call, structure: SparseStructure
     ) -> Tensor:
-        result = call.new_result(input)
-        rest = structure.layout, bias, *sparse_kernels.PLAIN, *call.rest
-        if not sparse_kernels.product(result, input, weight, call.plan, *rest):
-            raise _OtherInstructionSet
+        result = sparse_kernels.product(input, weight, call.plan, bias, *sparse_kernels.PLAIN)
+        if result is None:
+            raise _DoesNotFit
         ctx.save_for_backward(input, weight, *structure.tensors)
-        ctx.call, ctx.layout = call, structure.layout
+        ctx.backward, ctx.layout, ctx.shape = call.backward, structure.layout, structure.shape
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, *structure = ctx.saved_tensors
-        shape, geometry, groups = ctx.call.rest
         needs = list(ctx.needs_input_grad[:3])
-        axes = geometry[:2], geometry[2:4], geometry[4:]
-        found = ctx.call.backward(grad, input, weight, structure, ctx.layout, *axes, groups, needs, shape)
+        # Past the dispatcher where nobody looks and no graph of the gradients is asked for.
+        direct = plain(grad) and not torch.is_grad_enabled()
+        run = ctx.backward.served if direct else ctx.backward.operator
+        found = run(grad, input, weight, structure, ctx.layout, *ctx.backward.geometry, needs, ctx.shape)
         return *(g if need else None for g, need in zip(found, needs, strict=True)), None, None
 
 
-class _OtherInstructionSet(Exception):
-    """The kept plan is of another instruction set than the kernels in use."""
+class _DoesNotFit(Exception):
+    """The kept plan is for other operands or another instruction set."""
+
+
+# Found once: when a small layer runs in a large network, what Python looks up has left the caches since its last call.
+_is_dynamo, _tracing = torch.compiler.is_dynamo_compiling, torch._C._get_tracing_state
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_transforms, _grad_enabled = torch._C._functorch.peek_interpreter_stack, torch.is_grad_enabled
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def plain(*tensors: Tensor | None) -> bool:
     """Ordinary tensors, and nothing that records or transforms operators."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    if _is_dynamo() or _dispatch_modes() or _function_modes() or _tracing() is not None or _transforms() is not None:
         return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
-        return False
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
-        return False
-    return all(t is None or type(t) in _PLAIN for t in tensors)
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
+    for t in tensors:  # a generator would cost more than the checks
+        if t is not None and type(t) not in _PLAIN:
+            return False
+    return forward_ad._current_level < 0
 
 
 def _differentiated(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if _grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def _exact(given: tuple[Any, ...]) -> bool:
     """Ints and tuples of them: a list has no hash, and 1.0 and True have that of 1 but are refused."""
     for value in given:
         if type(value) is tuple:
-            for part in value:
-                if type(part) is not int:
-                    return False
+            if not _exact(value):
+                return False
         elif type(value) is not int:
             return False
     return True
 
 
-def _compiled(t: Tensor, dtype: torch.dtype = torch.float32) -> bool:
-    return t.dtype is dtype and t.is_cpu
+def _fits(bias: Tensor, dtype: torch.dtype, structure: SparseStructure) -> bool:
+    return bias.dtype is dtype and bias.is_cpu and bias.is_contiguous() and bias.shape == structure.shape[:1]
 
 
-def _key(input: Tensor, weight: Tensor, given: tuple[Any, ...]) -> tuple[Any, ...]:
-    return input.dtype, input.shape, input.stride(), weight.shape, weight.stride(), given
-
-
-def _after(epilogue: Epilogue, result: Tensor) -> tuple[Any, ...] | None:
+def _after(epilogue: Epilogue, shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[Any, ...] | None:
     """What the kernel takes of an epilogue, None if it does not."""
     operands = epilogue.scale, epilogue.residual
     if epilogue.activation not in BOUNDS or not plain(*operands) or _differentiated(*operands):
         return None
-    if not all(t is None or _compiled(t) for t in operands):
+    if not all(t is None or (t.is_cpu and t.dtype is torch.float32) for t in operands):
         return None
-    return epilogue.for_kernel(result)
+    return epilogue.for_kernel(shape, strides)
 
 
 def repeat(
@@ -123,34 +132,29 @@ def repeat(
     given: tuple[Any, ...],
     epilogue: Epilogue | None = None,
 ) -> Tensor | None:
-    """The result, if an equal call is known; ``given`` is its geometry as the caller wrote it."""
+    """The result, if an equal call is known; ``given`` is the geometry of a convolution as the caller wrote it."""
     try:
-        call = structure.calls[_key(input, weight, given)]
-    except (AttributeError, KeyError, TypeError):  # not tensors, not known, a list
+        call = structure.calls[input.shape, given]
+    except (AttributeError, KeyError, TypeError):  # not a tensor, not known, a list
         return None
-    dtype = input.dtype
-    if not (_exact(given) and plain(input, weight, bias) and _compiled(input, dtype) and _compiled(weight, dtype)):
+    if call.versions != sparse_kernels.versions(structure.tensors) or not _exact(given):
         return None
-    if bias is not None and not (_compiled(bias, dtype) and bias.shape == structure.shape[:1] and bias.is_contiguous()):
+    if not plain(input, weight, bias) or not (bias is None or _fits(bias, call.dtype, structure)):
         return None
-    if call.versions != sparse_kernels.versions(structure.tensors):
-        return None
-    graph = _differentiated(input, weight, bias)
+    graph, halves = _differentiated(input, weight, bias), call.dtype is not torch.float32
     # One of these at most: kernels round each step of an epilogue to float32, and gradients are of plain float32 calls.
-    if graph + (epilogue is not None) + (dtype is not torch.float32) > 1:
+    if graph + halves + (epilogue is not None) > 1:
         return None
-    if graph:
-        try:
-            return SparseConv2d.apply(input, weight, bias, call, structure)
-        except _OtherInstructionSet:
-            return None
-    result = call.new_result(input)
-    after = sparse_kernels.PLAIN if epilogue is None else _after(epilogue, result)
+    after = sparse_kernels.PLAIN if epilogue is None else _after(epilogue, *call.output)
     if after is None:
         return None
-    bias = None if bias is None else bias.float()
-    done = sparse_kernels.product(result, input, weight, call.plan, structure.layout, bias, *after, *call.rest)
-    return result if done else None
+    try:
+        if graph:
+            return SparseProduct.apply(input, weight, bias, call, structure)
+        added = bias.float() if halves and bias is not None else bias
+        return sparse_kernels.product(input, weight, call.plan, added, *after)
+    except (_DoesNotFit, NotImplementedError):  # the latter from the dispatcher: not dense, not on CPU
+        return None
 
 
 def remember(
@@ -161,7 +165,7 @@ def remember(
     given: tuple[Any, ...],
     geometry: tuple[int, ...],
     result: Tensor,
-    backward: Callable[..., Any],
+    backward: Backward,
 ) -> None:
     """Keep a call that passed all checks, if its like may skip them; operands must be dense as they are."""
     if not (_exact(given) and type(structure) is SparseStructure and compiled_product(input, weight, bias)):
@@ -169,8 +173,6 @@ def remember(
     if not plain(input, weight, bias):
         return
     sparse = sparse_kernels.Weight(weight, structure.tensors, structure.layout, structure.shape, structure.groups)
-    plan, rest = sparse.plan("product", input, result, geometry), (structure.shape, geometry, structure.groups)
-    call = Call(
-        sparse_kernels.versions(structure.tensors), plan, result.shape, not result.is_contiguous(), rest, backward
-    )
-    sparse_kernels.remember(structure.calls, _key(input, weight, given), call)
+    plan, output = sparse.plan("product", input, result, geometry), (result.shape, result.stride())
+    call = Call(sparse_kernels.versions(structure.tensors), input.dtype, plan, output, backward)
+    sparse_kernels.remember(structure.calls, (input.shape, given), call)

@@ -32,16 +32,8 @@ from sparsekern.ops.epilogue import Epilogue
 from sparsekern.ops.geometry import empty, output_size, pair, without_gaps
 from sparsekern.ops.halves import widened
 from sparsekern.ops.sparse_autograd import differentiate
-from sparsekern.ops.sparse_structure import (
-    SparseStructure,
-    check_dims,
-    check_operands,
-    compiled_form,
-    compiled_product,
-    kept_values,
-    selected,
-    weight_shape,
-)
+from sparsekern.ops.sparse_operands import check_dims, check_operands, compiled_form, compiled_product
+from sparsekern.ops.sparse_structure import SparseStructure, kept_values, selected, weight_shape
 
 SCHEMA = (
     "sparse_conv2d(Tensor input, Tensor weight, Tensor[] structure, str layout, Tensor? bias, int[] stride,"
@@ -166,10 +158,9 @@ def _cpu(
     """The CPU operator: compiled for float32 and bfloat16, the reference for the rest and where nothing is compiled."""
     if not compiled_product(input, weight, bias):
         return reference(input, weight, structure, layout, bias, stride, padding, dilation, groups, shape)
-    result = fake(input, weight, structure, layout, bias, stride, padding, dilation, groups, shape)
+    like = fake(input, weight, structure, layout, bias, stride, padding, dilation, groups, shape)
     sparse = sparse_kernels.Weight(without_gaps(weight), structure, layout, weight_shape(weight, shape, 4), groups)
-    sparse_kernels.run_product(sparse, without_gaps(input), result, bias, (*stride, *padding, *dilation))
-    return result
+    return sparse_kernels.run_product(sparse, without_gaps(input), like, bias, (*stride, *padding, *dilation))
 
 
 def _backward_cpu(
@@ -203,12 +194,6 @@ _backward_op = _library.define(BACKWARD_SCHEMA, backward_reference, backward_fak
 _library.define_cpu("sparse_conv2d", sparse_kernels.product, widened(_cpu, native=(torch.bfloat16,)))
 _library.define_cpu("sparse_conv2d_backward", sparse_kernels.input_gradient, widened(_backward_cpu))
 differentiate("sparse_conv2d", _backward_op)
-
-
-def _repeated_backward(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of a repeated call, past the dispatcher where nobody looks and no graph of them is asked for."""
-    direct = sparse_calls.plain(grad) and not torch.is_grad_enabled()
-    return _backward_cpu(grad, *rest) if direct else _backward_op(grad, *rest)
 
 
 def sparse_conv2d(
@@ -271,9 +256,8 @@ def _checked(
     if input.dim() == 3:
         return result.squeeze(0)
     if without_gaps(input) is input and without_gaps(weight) is weight:
-        sparse_calls.remember(
-            input, weight, structure, bias, given, (*steps, *pads, *holes), result, _repeated_backward
-        )
+        backward = sparse_calls.Backward(_backward_op, _backward_cpu, (steps, pads, holes, structure.groups))
+        sparse_calls.remember(input, weight, structure, bias, given, (*steps, *pads, *holes), result, backward)
     return result
 
 

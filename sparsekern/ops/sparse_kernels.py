@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -20,26 +19,22 @@ from sparsekern import _library
 from sparsekern.ops.sparse_structure import check_form, check_packed, check_tensors
 
 _make_plan = _library.define_native(
-    "_sparse_plan_cpu(Tensor(a!) plan, str kind, Tensor input, Tensor result, Tensor weight, Tensor[] structure,"
-    " str layout, int[] shape, int[] geometry, int groups) -> bool"
+    "_sparse_plan_cpu(str kind, Tensor input, Tensor result, Tensor weight, Tensor[] structure, str layout,"
+    " int[] shape, int[] geometry, int groups) -> Tensor?"
 )
 product = _library.define_native(
-    "_sparse_product_cpu(Tensor(a!) result, Tensor input, Tensor weight, Tensor plan, str layout, Tensor? bias,"
-    " Tensor? scale, Tensor? residual, float low, float high, int[] shape, int[] geometry, int groups) -> bool"
+    "_sparse_product_cpu(Tensor input, Tensor weight, Tensor plan, Tensor? bias, Tensor? scale, Tensor? residual,"
+    " float low, float high) -> Tensor?"
 )
 PLAIN: tuple[Any, ...] = (None, None, -math.inf, math.inf)
 """The epilogue that does nothing: no scale, no residual, no bounds."""
 weight_gradient = _library.define_native(
-    "_sparse_weight_gradient_cpu(Tensor(a!) result, Tensor grad, Tensor input, Tensor plan, str layout, int[] shape,"
-    " int[] geometry, int groups) -> bool"
+    "_sparse_weight_gradient_cpu(Tensor(a!) result, Tensor grad, Tensor input, Tensor plan) -> bool"
 )
 input_gradient = _library.define_native(
-    "_sparse_input_gradient_cpu(Tensor(a!) result, Tensor grad, Tensor weight, Tensor plan, str layout, int[] shape,"
-    " int[] geometry, int groups) -> bool"
+    "_sparse_input_gradient_cpu(Tensor(a!) result, Tensor grad, Tensor weight, Tensor plan) -> bool"
 )
 
-# kMostShares of csrc/cpu/sparse_scatter.h.
-_MOST_SHARES = 4
 # Plans of one structure; a layer whose input has more sizes than this makes new ones now and then.
 _MOST = 24
 
@@ -77,7 +72,8 @@ def remember(found: dict[Any, Any], key: Any, value: Any) -> None:
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight of ``shape`` (out, in / groups, kh, kw), dense and without gaps or packed, and its bare structure."""
+    """A weight of ``shape`` (out, in / groups, kh, kw) or (out, in), dense and without gaps or packed, and its bare
+    structure."""
 
     values: Tensor
     structure: Sequence[Tensor]
@@ -88,8 +84,8 @@ class Weight:
     def plan(self, kind: str, input: Tensor, result: Tensor, geometry: tuple[int, ...]) -> Tensor:
         """The plan for one kind of pass: "product", "weight" or "input"; ValueError if the structure is not one.
 
-        ``input`` and ``result`` (or its gradient) are 4-d; ``geometry`` is stride, padding, dilation, each vertical
-        and horizontal.
+        ``geometry`` is stride, padding, dilation, each vertical and horizontal; of a linear layer it is empty, and
+        ``input`` and ``result`` (or its gradient) are contiguous and have at most 4 dims.
         """
         if len(self.structure) != 2:
             check_form(self.structure, self.layout, self.shape, self.groups)
@@ -98,7 +94,11 @@ class Weight:
         key = self._key(kind, input, result, geometry)
         plan = found.get(key)
         if plan is None:
-            plan = self._new_plan(kind, input, result, geometry)
+            check_form(self.structure, self.layout, self.shape, self.groups)
+            where = self.values, list(self.structure), self.layout, self.shape, geometry, self.groups
+            plan = _make_plan(kind, input, result, *where)
+            if plan is None:
+                check_tensors(self.structure, self.layout, self.shape, self.groups)
             remember(found, key, plan)
         return plan
 
@@ -106,40 +106,23 @@ class Weight:
         strides = input.stride(), result.stride(), self.values.stride()
         return kind, input.dtype, input.shape, strides, self.layout, self.shape, geometry, self.groups
 
-    def _new_plan(self, kind: str, input: Tensor, result: Tensor, geometry: tuple[int, ...]) -> Tensor:
-        check_form(self.structure, self.layout, self.shape, self.groups)
-        # The gradient of the input has a set of rows per share of its channels or per phase of the stride.
-        sets = 1 if kind != "input" else max(_MOST_SHARES, geometry[0] * geometry[1])
-        rows = max(input.shape[1], self.shape[0])
-        plan = torch.empty(sets * (rows + 3) + 2 * self.structure[1].numel(), dtype=torch.int32)
-        where = self.values, list(self.structure), self.layout, self.shape, geometry, self.groups
-        if not _make_plan(plan, kind, input, result, *where):
-            check_tensors(self.structure, self.layout, self.shape, self.groups)
-        return plan
-
-    def run(self, kind: str, input: Tensor, result: Tensor, geometry: tuple[int, ...], call: Any) -> None:
-        """``call(plan)`` a kernel; once more with a new plan if the kept one is of another instruction set."""
-        if not call(self.plan(kind, input, result, geometry)):
+    def run(self, kind: str, input: Tensor, result: Tensor, geometry: tuple[int, ...], call: Any) -> Any:
+        """What ``call(plan)`` a kernel answers; once more with a new plan if the kept one is of another instruction
+        set."""
+        found = call(self.plan(kind, input, result, geometry))
+        if found is None or found is False:
             remembered(self.structure).pop(self._key(kind, input, result, geometry))
-            if not call(self.plan(kind, input, result, geometry)):
+            found = call(self.plan(kind, input, result, geometry))
+            if found is None or found is False:
                 raise RuntimeError("sparsekern: a new plan does not fit its kernel")
+        return found
 
 
-def run_product(weight: Weight, input: Tensor, result: Tensor, bias: Tensor | None, geometry: tuple[int, ...]) -> None:
-    """Fill ``result``; operands of bfloat16 are summed in float32, and the sums rounded once."""
+def run_product(weight: Weight, input: Tensor, like: Tensor, bias: Tensor | None, geometry: tuple[int, ...]) -> Tensor:
+    """A new tensor that lies as ``like`` does; operands of bfloat16 are summed in float32, and the sums rounded
+    once."""
     added = None if bias is None else bias.float().contiguous()
-    rest = weight.shape, geometry, weight.groups
-    weight.run(
-        "product", input, result, geometry,
-        lambda plan: product(result, input, weight.values, plan, weight.layout, added, *PLAIN, *rest),
-    )  # fmt: skip
-
-
-def _reaches_all(size: int, output: int, kernel: int, stride: int, padding: int, dilation: int) -> bool:
-    """Whether the kernels write every pixel along one axis: not those between the taps of a longer stride, nor those
-    behind the last output."""
-    phases = {k * dilation % stride for k in range(kernel)}
-    return len(phases) == stride and size + padding <= (output + (kernel - 1) * dilation // stride) * stride
+    return weight.run("product", input, like, geometry, lambda plan: product(input, weight.values, plan, added, *PLAIN))
 
 
 def run_gradients(
@@ -151,19 +134,13 @@ def run_gradients(
     geometry: tuple[int, ...],
 ) -> None:
     """Fill those gradients that have elements; that of a dense weight is laid out like it."""
-    rest = weight.shape, geometry, weight.groups
     if grad_weight.numel():
         weight.run(
             "weight", input, grad, geometry,
-            lambda plan: weight_gradient(grad_weight, grad, input, plan, weight.layout, *rest),
+            lambda plan: weight_gradient(grad_weight, grad, input, plan),
         )  # fmt: skip
     if grad_input.numel():
-        axes = zip(
-            input.shape[2:], grad.shape[2:], weight.shape[2:], geometry[:2], geometry[2:4], geometry[4:], strict=True
-        )
-        if not all(_reaches_all(*axis) for axis in axes):
-            grad_input.zero_()
         weight.run(
             "input", grad_input, grad, geometry,
-            lambda plan: input_gradient(grad_input, grad, weight.values, plan, weight.layout, *rest),
+            lambda plan: input_gradient(grad_input, grad, weight.values, plan),
         )  # fmt: skip

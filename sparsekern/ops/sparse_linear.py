@@ -24,19 +24,11 @@ import torch
 from torch import Tensor
 
 from sparsekern import _library
-from sparsekern.ops import sparse_kernels
+from sparsekern.ops import sparse_calls, sparse_kernels
 from sparsekern.ops.halves import widened
 from sparsekern.ops.sparse_autograd import differentiate
-from sparsekern.ops.sparse_structure import (
-    SparseStructure,
-    check_dims,
-    check_operands,
-    compiled_form,
-    compiled_product,
-    kept_values,
-    selected,
-    weight_shape,
-)
+from sparsekern.ops.sparse_operands import check_dims, check_operands, compiled_form, compiled_product
+from sparsekern.ops.sparse_structure import SparseStructure, kept_values, selected, weight_shape
 
 SCHEMA = (
     "sparse_linear(Tensor input, Tensor weight, Tensor[] structure, str layout, Tensor? bias, int[]? shape=None)"
@@ -116,18 +108,18 @@ def backward_fake(
     return results[0], results[1], results[2]
 
 
-_GEOMETRY = (1, 1, 0, 0, 1, 1)
-
-
-def _pixels(rows: Tensor) -> Tensor:
-    """The rows as the pixels of one image one pixel high, channels last; of the gradient nobody needs, itself."""
-    return rows.reshape(-1, rows.shape[-1]).t()[None, :, None] if rows.numel() else rows
-
-
 def _sparse(
     weight: Tensor, structure: Sequence[Tensor], layout: str, shape: Sequence[int] | None
 ) -> sparse_kernels.Weight:
-    return sparse_kernels.Weight(weight.contiguous(), structure, layout, (*weight_shape(weight, shape, 2), 1, 1), 1)
+    return sparse_kernels.Weight(weight.contiguous(), structure, layout, weight_shape(weight, shape, 2), 1)
+
+
+def _few(input: Tensor) -> Tensor:
+    """Contiguous, and of no more dims than kernels take."""
+    return (input if input.dim() <= _MOST_DIMS else input.flatten(0, -2)).contiguous()
+
+
+_MOST_DIMS = 4
 
 
 def _cpu(
@@ -141,10 +133,9 @@ def _cpu(
     """The CPU operator: compiled for float32 and bfloat16, the reference for the rest and where nothing is compiled."""
     if not compiled_product(input, weight, bias):
         return reference(input, weight, structure, layout, bias, shape)
-    result = fake(input, weight, structure, layout, bias, shape)
+    like = fake(input, weight, structure, layout, bias, shape)
     sparse = _sparse(weight, structure, layout, shape)
-    sparse_kernels.run_product(sparse, _pixels(input), _pixels(result), bias, _GEOMETRY)
-    return result
+    return sparse_kernels.run_product(sparse, _few(input), _few(like), bias, ()).reshape(like.shape)
 
 
 def _backward_cpu(
@@ -163,8 +154,8 @@ def _backward_cpu(
     if needs[2]:
         results[2].copy_(grad.reshape(-1, grad.shape[-1]).sum(0))
     sparse = _sparse(weight, structure, layout, shape)
-    into = _pixels(results[0])
-    sparse_kernels.run_gradients(sparse, _pixels(grad), _pixels(input), into, results[1], _GEOMETRY)
+    into = _few(results[0]) if needs[0] else results[0]
+    sparse_kernels.run_gradients(sparse, _few(grad), _few(input), into, results[1], ())
     return results
 
 
@@ -175,13 +166,21 @@ _library.define_cpu("sparse_linear_backward", sparse_kernels.input_gradient, wid
 differentiate("sparse_linear", _backward_op)
 
 
+_backward = sparse_calls.Backward(_backward_op, _backward_cpu, ())
+
+
 def sparse_linear(input: Tensor, weight: Tensor, structure: SparseStructure, bias: Tensor | None = None) -> Tensor:
     """``input @ W.T + bias`` with the weights that ``structure`` keeps; see the head of this file for every rule."""
+    if (known := sparse_calls.repeat(input, weight, structure, bias, ())) is not None:
+        return known
     check_operands(input, weight, structure, bias, 2)
     shape = structure.shape
     if input.dim() < 1 or input.shape[-1] != shape[1]:
         raise ValueError(f"input has shape {tuple(input.shape)}: expected (*, {shape[1]}), the weight's inputs")
-    return _op(input, weight, list(structure.tensors), structure.layout, bias, shape)
+    result = _op(input, weight, list(structure.tensors), structure.layout, bias, shape)
+    if input.dim() <= _MOST_DIMS and input.is_contiguous() and weight.is_contiguous():
+        sparse_calls.remember(input, weight, structure, bias, (), (), result, _backward)
+    return result
 
 
 sparse_linear.reference = reference  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@
 namespace {
 
 using sparsekern::SparseRows;
+using sparsekern::SparseRun;
 
 using ScatterVec = WideOf<float>::type;
 
@@ -61,6 +62,45 @@ inline void sparse_scatter_sized(const SparseRows& s, int64_t begin, int64_t end
 void sparse_scatter(const SparseRows& s, int64_t begin, int64_t end, const float* gradients, int64_t width,
                     int64_t count, float* tile) {
   sparse_scatter_sized<ScatterVec, kTallVectors>(s, begin, end, gradients, width, count, tile);
+}
+
+// Elements [runs[0].image, end) of each channel: `step` apart what the runs say, and zeros between. They are put
+// together in `line`, so that memory is written in whole cache lines and once; `stream`: past the caches, where a
+// channel begins on a line.
+void sparse_spread(const float* packed, int64_t width, const SparseRun* runs, int64_t count, int64_t channels,
+                   float* image, int64_t channel, int64_t step, int64_t end, float* line, bool stream) {
+  constexpr int64_t kLanes = ScatterVec::kLanes;
+  const int64_t begin = runs[0].image, size = end - begin;
+  for (int64_t i = 0; i < size; ++i) line[i] = 0.0f;
+  for (int64_t c = 0; c < channels; ++c, packed += width, image += channel) {
+    for (int64_t r = 0; r < count; ++r) {
+      const float* const from = packed + runs[r].packed;
+      float* const to = line + runs[r].image - begin;
+      for (int64_t i = 0; i < runs[r].count; i += kLanes) {
+        const int64_t n = lesser(kLanes, runs[r].count - i);
+        if (step == 2) {
+          ScatterVec::load(from + i, n).store_even(to + 2 * i, n);
+        } else {
+          for (int64_t j = 0; j < n; ++j) to[(i + j) * step] = from[i + j];
+        }
+      }
+    }
+    // From the first cache line on that is its own.
+    float* const to = image + begin;
+    const int64_t past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) % 64 / sizeof(float));
+    const int64_t before = stream && past ? lesser(16 - past, size) : 0;
+    int64_t i = 0;
+    for (; i < before; i += kLanes) {
+      const int64_t n = lesser(kLanes, before - i);
+      ScatterVec::load(line + i, n).store(to + i, n);
+    }
+    for (i = before; i + kLanes <= size; i += kLanes) {
+      const ScatterVec v = ScatterVec::load(line + i);
+      stream ? v.stream(to + i) : v.store(to + i);
+    }
+    if (i < size) ScatterVec::load(line + i, size - i).store(to + i, size - i);
+  }
+  if (stream) ScatterVec::fence();
 }
 
 }  // namespace

@@ -1,0 +1,63 @@
+// The convolution that a plan was made for, kept at its head: a repeated call need not be told it again.
+#pragma once
+#include <torch/csrc/stable/tensor.h>
+
+#include <string>
+#include <vector>
+
+#include "sparse_gradient.h"
+
+namespace sparsekern {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Ints = std::vector<int64_t>;
+
+// Where a tensor of at most four dims has its elements.
+struct Form {
+  int64_t dims, sizes[4], strides[4];
+
+  // Whether `t` is like this, of `type` and on CPU.
+  bool fits(const Tensor& t, ScalarType type) const;
+  // Raises unless it is.
+  void check(const Tensor& t, const char* name, ScalarType type = ScalarType::Float) const;
+};
+
+// Raises unless `t` is of `type`, on CPU and of `dims` dims.
+void check_values(const Tensor& t, const char* name, int64_t dims, ScalarType type);
+void check_ints(const Tensor& t);
+
+// A tensor as images. The rows of a linear layer are the pixels of one image one pixel high.
+struct Images {
+  int64_t count, channels, size[2];
+  Strides strides;
+};
+
+// Stride, padding and dilation are vertical then horizontal. Plain numbers, so that a plan can hold them.
+struct SparseCall {
+  Form input, result, weight;  // or their gradients, which lie like them
+  Images in, out;
+  SparseShape shape;
+  int64_t kernel[2], stride[2], padding[2], dilation[2];
+  bool bfloat16;
+
+  ScalarType type() const { return bfloat16 ? ScalarType::BFloat16 : ScalarType::Float; }
+  GradientAxis axis(int i) const;
+  Grid grid() const { return Grid(axis(0).forward, axis(1).forward, in.count, limits().lanes); }
+  Plan tiles(const Grid& grid) const { return Plan(grid, in.channels, shape.tall, in.strides, !bfloat16); }
+};
+
+// Of a convolution, with `shape` (out, in / groups, rows, columns) and `geometry` stride, padding, dilation; or of a
+// linear layer, with (out, in) and none, whose input and result are contiguous. A packed weight is 1-d. Raises unless
+// all of it fits together.
+SparseCall sparse_call(const Tensor& input, const Tensor& result, const Tensor& weight, ScalarType type,
+                       const std::string& layout, Ints shape, Ints geometry, int64_t groups);
+
+// The head of a plan, which is as many numbers.
+SparseCall head(const Tensor& plan);
+constexpr int64_t kHeadInts = sizeof(SparseCall) / sizeof(int32_t);
+
+// The sets behind it.
+PlanReader sets(const Tensor& plan);
+
+}  // namespace sparsekern
