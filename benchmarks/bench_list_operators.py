@@ -165,6 +165,13 @@ def forward_cases() -> dict[str, Case]:
             lambda m: _each(lambda w: torch.nn.functional.softshrink(w, RANGE), m.w), 8,
             {"torch softshrink": _torch_shrink},
         ),
+        "soft_threshold_/gradient": Case(
+            lambda m: shrink(m.out, m.w, thresholds(m), m.g), _out,
+            lambda m: _each(lambda g, w: torch.where(w.abs() > RANGE, g, 0), m.g, m.w), 12,
+            {"torch softshrink_backward": lambda m: _each(
+                lambda o, g, w: torch.ops.aten.softshrink_backward.grad_input(g, w, RANGE, grad_input=o),
+                m.out, m.g, m.w)},
+        ),
         "soft_threshold_/rescale": Case(
             lambda m: shrink(m.out, m.w, thresholds(m), rescale=True), _out,
             lambda m: _each(_rescaled, m.w), 8, {"torch shrink, means, mul": lambda m: _each(_rescaled, m.w)},

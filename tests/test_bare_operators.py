@@ -95,10 +95,13 @@ def test_topk_bounds(call, scores, keep, message):
         call("topk_bounds", scores, keep)
 
 
-@pytest.mark.parametrize(("weights", "thresholds"), [([ONE], TWO), (TWO, [ONE.sum()]), (TWO, [ONE, torch.ones(2)])])
-def test_soft_threshold(call, weights, thresholds):
-    with pytest.raises((ValueError, RuntimeError), match="weights|thresholds"):
-        call("soft_threshold_", TWO, weights, thresholds, False)
+@pytest.mark.parametrize(
+    ("weights", "thresholds", "gradients"),
+    [([ONE], TWO, []), (TWO, [ONE.sum()], []), (TWO, [ONE, torch.ones(2)], []), (TWO, [ONE.sum()] * 2, [ONE])],
+)
+def test_soft_threshold(call, weights, thresholds, gradients):
+    with pytest.raises((ValueError, RuntimeError), match="weights|thresholds|gradients"):
+        call("soft_threshold_", TWO, weights, thresholds, gradients, False)
     assert all(t.eq(1).all() for t in TWO)
 
 

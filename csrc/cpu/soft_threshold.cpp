@@ -16,15 +16,17 @@ constexpr char kOp[] = "soft_threshold_";
 // Whether the output is better written past the caches, as in masked_combine_; rows must keep to lines of 64 bytes.
 bool streams(const ShrinkTensor& t, int64_t elements) {
   constexpr int64_t kLarge = int64_t{1} << 18;
-  return t.dtype == Dtype::kFloat32 && elements >= kLarge && t.output != t.weight && t.row % 16 == 0 &&
-         reinterpret_cast<uintptr_t>(t.output) % 64 == 0;
+  return t.dtype == Dtype::kFloat32 && elements >= kLarge && t.output != t.weight && t.output != t.gradient &&
+         t.row % 16 == 0 && reinterpret_cast<uintptr_t>(t.output) % 64 == 0;
 }
 
 void soft_threshold_cpu(std::vector<Tensor> outputs, std::vector<Tensor> weights, std::vector<Tensor> thresholds,
-                        bool rescale) {
+                        std::vector<Tensor> gradients, bool rescale) {
   const size_t count = outputs.size();
   STD_TORCH_CHECK(weights.size() == count && thresholds.size() == count, kOp,
                   ": weights and thresholds must match outputs");
+  STD_TORCH_CHECK(gradients.empty() || (gradients.size() == count && !rescale), kOp,
+                  ": gradients must be empty, or match outputs and not be rescaled");
   std::vector<ShrinkTensor> tensors(count);
   std::vector<int64_t> grains(count, kStepGrain);
   for (size_t i = 0; i < count; ++i) {
@@ -32,6 +34,10 @@ void soft_threshold_cpu(std::vector<Tensor> outputs, std::vector<Tensor> weights
     STD_TORCH_CHECK(out.is_cpu() && is_dense(out), kOp, ": outputs[", i, "] must fill its memory");
     STD_TORCH_CHECK(weights[i].is_cpu() && same_layout(out, weights[i]), kOp, ": weights[", i,
                     "] must have the layout of outputs[", i, "]");
+    if (!gradients.empty()) {
+      STD_TORCH_CHECK(gradients[i].is_cpu() && same_layout(out, gradients[i]), kOp, ": gradients[", i,
+                      "] must have the layout of outputs[", i, "]");
+    }
     int64_t row = 0;
     if (rescale && out.numel() > 0) {
       STD_TORCH_CHECK(out.dim() >= 2, kOp, ": weights[", i, "] must have two dims or more");
@@ -43,6 +49,7 @@ void soft_threshold_cpu(std::vector<Tensor> outputs, std::vector<Tensor> weights
     STD_TORCH_CHECK(thresholds[i].numel() == 1, kOp, ": thresholds[", i, "] must be one number");
     tensors[i] = {out.mutable_data_ptr(),
                   weights[i].const_data_ptr(),
+                  gradients.empty() ? nullptr : gradients[i].const_data_ptr(),
                   step_scalar(kOp, thresholds[i]),
                   row,
                   dtype_of(kOp, out),

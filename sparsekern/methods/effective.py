@@ -91,9 +91,6 @@ class EffectiveSparsifier(Sparsifier):
     step must reach it as tensors. `_fill` and `_connect` may compute the same in fewer passes, without a graph.
     """
 
-    _fills_on_gpu = True
-    """False where `_fill` needs a number that lies on the device: waiting for it costs more than fresh memory."""
-
     def effective(self, name: str, weight: Tensor) -> Tensor:
         """The weight that layers use in place of `weight`, connected to it by autograd."""
         raise NotImplementedError
@@ -113,7 +110,7 @@ class EffectiveSparsifier(Sparsifier):
     def shadow(self, name: str, weight: Tensor) -> Tensor:
         """As `effective`, in memory that is used again in the next forward pass."""
         of_copy = weight is not self.masks.parameter(name)  # of the model
-        if of_copy or not (self._fills_on_gpu or weight.device.type == "cpu"):
+        if of_copy:
             return self.effective(name, weight)
         found = self._shadows.get(name)
         value = self.memory.own(name, weight)

@@ -30,9 +30,16 @@ def combine_one(
         masked_combine_([out], [first], second, [packed], live=live, pruned=(0, 0), times=times, magnitude=True)
 
 
-def shrink_one(out: Tensor, weight: Tensor, threshold: Tensor, rescale: bool = False) -> None:
+def shrink_one(
+    out: Tensor, weight: Tensor, threshold: Tensor, gradient: Tensor | None = None, rescale: bool = False
+) -> None:
     """soft_threshold_ of one weight, whose threshold is a float32 or float64 number; `out` is laid out as it is."""
-    if by_rows(out) and threshold.dtype in (torch.float32, torch.float64):
-        SOFT_THRESHOLD([out], [weight], [threshold], rescale)
+    gradients = [] if gradient is None else [gradient]
+    if (
+        by_rows(out)
+        and all(same_layout(g, out) for g in gradients)
+        and threshold.dtype in (torch.float32, torch.float64)
+    ):
+        SOFT_THRESHOLD([out], [weight], [threshold], gradients, rescale)
     else:
-        soft_threshold_([out], [weight], [threshold], rescale)
+        soft_threshold_([out], [weight], [threshold], gradients, rescale=rescale)

@@ -30,7 +30,7 @@ def soft_threshold(weight: Tensor, threshold: Tensor) -> Tensor:
     out = torch.empty_like(weight)
     # A compiled model takes the formula into its graph.
     run = soft_threshold_.reference if torch.compiler.is_compiling() else soft_threshold_
-    run([out], [weight], [threshold], rescale=True)
+    run([out], [weight], [threshold], [], rescale=True)
     return out
 
 

@@ -26,7 +26,7 @@ class _Shrunk(torch.autograd.Function):
     """`value`, which is `weight` with a soft threshold: gradients pass where it cuts nothing off."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, value: Tensor, threshold: float, memory: Memory, name: str) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, value: Tensor, threshold: Tensor, memory: Memory, name: str) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.threshold, ctx.memory, ctx.name = threshold, memory, name
         return value.detach()
@@ -36,7 +36,7 @@ class _Shrunk(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         (weight,) = ctx.saved_tensors
         result = ctx.memory.gradient(ctx.name, weight)
-        torch.ops.aten.softshrink_backward.grad_input(gradient, weight, ctx.threshold, grad_input=result)
+        shrink_one(result, weight, ctx.threshold, gradient)
         return result, None, None, None, None
 
 
@@ -48,8 +48,6 @@ class STR(EffectiveSparsifier):
     weight decay should be `decay` too. A threshold's gradient follows from that of its weight: a clipped or scaled
     gradient clips or scales both. Patterns other than "unstructured" are refused.
     """
-
-    _fills_on_gpu = False  # the threshold is a number to these kernels
 
     def __init__(
         self,
@@ -91,7 +89,7 @@ class STR(EffectiveSparsifier):
         shrink_one(out, weight, self._present[name])
 
     def _connect(self, name: str, weight: Tensor, value: Tensor) -> Tensor:
-        return _Shrunk.apply(weight, value, float(self._present[name]), self.memory, name)
+        return _Shrunk.apply(weight, value, self._present[name], self.memory, name)
 
     def _cause(self, name: str) -> Any:
         return self.learned.values[name]._version

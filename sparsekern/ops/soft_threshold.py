@@ -1,15 +1,16 @@
 """soft_threshold_: weights drawn towards zero by a threshold, one call for a whole model.
 
     output = sign(w) * (|w| - threshold)    where |w| > threshold, else 0
+    output = gradient                       likewise, if gradients are given: its gradient by w
 
 `thresholds[i]` is a tensor of one number, finite and at least 0, on the device of the weights; it is rounded to the
 compute type. With `rescale` each output channel (dim 0) is then multiplied by 1.01 / (share + 0.01), where share is
 (mean of the |w| above the threshold + 1e-6) / (mean |w| + 1e-6): that brings it back to about its old size (ST-3,
 vanderschuea/stthree). At threshold 0 it is 1, exactly.
 
-NaN stays NaN. bfloat16 and float16 compute in float32 and round once when they are stored. The means are sums in an
-order of the kernel's own, the same on any number of threads; without `rescale` every backend agrees bit for bit. On a
-GPU the reference serves it. No gradient.
+NaN stays NaN, and its gradient passes. bfloat16 and float16 compute in float32 and round once when they are stored. The
+means are sums in an order of the kernel's own, the same on any number of threads; without `rescale` every backend agrees
+bit for bit. On a GPU the reference serves it. No autograd.
 """
 
 from collections.abc import Sequence
@@ -21,13 +22,13 @@ from sparsekern._library import define
 from sparsekern.ops.operands import as_layout, check_entry, check_overlap, is_dense
 
 
-def reference(outputs, weights, thresholds, rescale) -> None:
-    _check_lists(outputs, weights, thresholds, rescale)
-    for out, weight, threshold in zip(outputs, weights, thresholds, strict=True):
+def reference(outputs, weights, thresholds, gradients, rescale) -> None:
+    _check_lists(outputs, weights, thresholds, gradients, rescale)
+    for i, (out, weight, threshold) in enumerate(zip(outputs, weights, thresholds, strict=True)):
         w = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
         t = threshold.reshape(()).to(w.dtype)
         size = w.abs()
-        value = torch.where(size <= t, 0, w - torch.copysign(t, w))
+        value = torch.where(size <= t, 0, gradients[i] if gradients else w - torch.copysign(t, w))
         if rescale and w.numel():
             dims = tuple(range(1, w.dim()))
             above = torch.where(size <= t, 0, size).mean(dims, keepdim=True)
@@ -36,12 +37,15 @@ def reference(outputs, weights, thresholds, rescale) -> None:
         out.copy_(value)
 
 
-def fake(outputs, weights, thresholds, rescale) -> None:
-    _check_lists(outputs, weights, thresholds, rescale)
+def fake(outputs, weights, thresholds, gradients, rescale) -> None:
+    _check_lists(outputs, weights, thresholds, gradients, rescale)
 
 
-def _check_lists(outputs, weights, thresholds, rescale) -> None:
-    for name, values in (("weights", weights), ("thresholds", thresholds)):
+def _check_lists(outputs, weights, thresholds, gradients, rescale) -> None:
+    if len(gradients) and rescale:
+        raise ValueError("gradients must be empty with rescale, whose straight-through gradient is that of the output")
+    given = {"gradients": gradients} if len(gradients) else {}
+    for name, values in {"weights": weights, "thresholds": thresholds, **given}.items():
         if len(values) != len(outputs):
             raise ValueError(f"{name} must have one entry for each of the {len(outputs)} outputs, got {len(values)}")
     for i, t in enumerate(thresholds):
@@ -53,32 +57,43 @@ def _check_lists(outputs, weights, thresholds, rescale) -> None:
 
 
 OP = define(
-    "soft_threshold_(Tensor(a!)[] outputs, Tensor[] weights, Tensor[] thresholds, bool rescale) -> ()", reference, fake
+    "soft_threshold_(Tensor(a!)[] outputs, Tensor[] weights, Tensor[] thresholds, Tensor[] gradients, bool rescale)"
+    " -> ()",
+    reference,
+    fake,
 )
 
 
 def soft_threshold_(
-    outputs: Sequence[Tensor], weights: Sequence[Tensor], thresholds: Sequence[Tensor], rescale: bool = False
+    outputs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    thresholds: Sequence[Tensor],
+    gradients: Sequence[Tensor] = (),
+    *,
+    rescale: bool = False,
 ) -> None:
     """Write `outputs` in place; the module docstring is the contract.
 
     All tensors are on one device; those of one entry share shape and dtype (float32, float64, bfloat16 or float16); any
-    strides. `outputs[i]` may be `weights[i]`; otherwise no output shares memory with anything else. Raises ValueError
-    or TypeError, before anything is changed, naming the argument at fault.
+    strides. `outputs[i]` may be `weights[i]` or `gradients[i]`; otherwise no output shares memory with anything else.
+    Raises ValueError or TypeError, before anything is changed, naming the argument at fault.
     """
-    outputs, weights, thresholds = list(outputs), list(weights), list(thresholds)
-    _check_lists(outputs, weights, thresholds, rescale)
+    outputs, weights, thresholds, gradients = list(outputs), list(weights), list(thresholds), list(gradients)
+    _check_lists(outputs, weights, thresholds, gradients, rescale)
     for i, out in enumerate(outputs):
-        check_entry("outputs", i, out, outputs[0].device, {f"weights[{i}]": weights[i]}, None)
+        operands = {f"weights[{i}]": weights[i], **({f"gradients[{i}]": gradients[i]} if gradients else {})}
+        check_entry("outputs", i, out, outputs[0].device, operands, None)
         t = thresholds[i]
         if t.device != out.device or not t.dtype.is_floating_point:
             raise ValueError(f"thresholds[{i}] must be a real number on {out.device}, got {t.dtype} on {t.device}")
-    apart = [w for w, o in zip(weights, outputs, strict=True) if w is not o]
-    check_overlap({"outputs": outputs}, {"weights": apart, "thresholds": thresholds})
+    read = {"weights": weights, "gradients": gradients}
+    apart = {n: [t for t, o in zip(v, outputs, strict=bool(v)) if t is not o] for n, v in read.items()}
+    check_overlap({"outputs": outputs}, {**apart, "thresholds": thresholds})
     dense = [o if by_rows(o) else torch.empty_like(o, memory_format=torch.contiguous_format) for o in outputs]
     numbers = [t if t.dtype in (torch.float32, torch.float64) else t.float() for t in thresholds]
     with torch.no_grad():
-        OP(dense, [as_layout(w, o) for w, o in zip(weights, dense, strict=True)], numbers, rescale)
+        given, slopes = ([as_layout(t, o) for t, o in zip(v, dense, strict=bool(v))] for v in read.values())
+        OP(dense, given, numbers, slopes, rescale)
         for out, result in zip(outputs, dense, strict=True):
             if out is not result:
                 out.copy_(result)

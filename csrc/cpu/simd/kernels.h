@@ -182,10 +182,12 @@ struct MovementOptions {
   bool scaled;
 };
 
-// One entry of soft_threshold_. `row`: the length of a channel to rescale, or 0. `stream` as in masked_combine_.
+// One entry of soft_threshold_. `gradient` is null where the value is asked for, not the gradient. `row`: the length of
+// a channel to rescale, or 0. `stream` as in masked_combine_.
 struct ShrinkTensor {
   void* output;
   const void* weight;
+  const void* gradient;
   double threshold;
   int64_t row;
   Dtype dtype;

@@ -13,16 +13,19 @@ struct Shrink {
   static constexpr int kLanes = V::kLanes;
   S* const output;
   const S* const weight;
+  const S* const gradient;
   const V negative_threshold, scale;
 
   Shrink(const ShrinkTensor& t, double scaled)
       : output(static_cast<S*>(t.output)),
         weight(static_cast<const S*>(t.weight)),
+        gradient(static_cast<const S*>(t.gradient)),
         negative_threshold(V::set(t.threshold).negate()),
         scale(V::set(scaled)) {}
 
   inline __attribute__((always_inline)) V value(int64_t i) const {
     const V w = V::load(weight + i), rest = w.magnitude() + negative_threshold;
+    if (gradient) return V::load(gradient + i).unless_at_most_zero(rest);
     return scale * rest.times_sign(w).unless_at_most_zero(rest);
   }
   inline __attribute__((always_inline)) void update(int64_t i) const { value(i).store(output + i); }
@@ -31,7 +34,9 @@ struct Shrink {
 template <bool kStream, class V, class S>
 inline int64_t shrink_all(const Shrink<V, S> k, int64_t i, int64_t end) {
   for (; i + V::kLanes <= end; i += V::kLanes) {
-    __builtin_prefetch(k.weight + i + 8192 / static_cast<int64_t>(sizeof(S)));
+    constexpr int64_t kAhead = 8192 / static_cast<int64_t>(sizeof(S));
+    __builtin_prefetch(k.weight + i + kAhead);
+    if (k.gradient) __builtin_prefetch(k.gradient + i + kAhead);
     if constexpr (kStream) {
       k.value(i).stream(k.output + i);
     } else {
