@@ -9,8 +9,8 @@ compute type. With `rescale` each output channel (dim 0) is then multiplied by 1
 vanderschuea/stthree). At threshold 0 it is 1, exactly.
 
 NaN stays NaN, and its gradient passes. bfloat16 and float16 compute in float32 and round once when they are stored. The
-means are sums in an order of the kernel's own, the same on any number of threads; without `rescale` every backend agrees
-bit for bit. On a GPU the reference serves it. No autograd.
+means are sums in an order of the kernel's own, the same on any number of threads; without `rescale` every backend
+agrees bit for bit. On a GPU the reference serves it. No autograd.
 """
 
 from collections.abc import Sequence
