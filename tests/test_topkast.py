@@ -133,3 +133,12 @@ def test_blocks_are_ranked_by_theta_not_by_phi(method):
         make = lambda: sk.Powerpropagation(2.0, ONCE, pattern="1x4")  # noqa: E731
     _, _, sparsifier = setup(make, model=model)
     assert sparsifier.masks.bool("weight").tolist() == [[False] * 4 + [True] * 4]
+
+
+def test_the_optimizer_freezes_while_attached_and_is_as_it_was_afterwards():
+    model = torch.nn.Linear(8, 4, bias=False)
+    optimizer = sk.MaskedSGD(model.parameters(), lr=0.1, momentum=0.9, momentum_policy="decay")
+    sparsifier = sk.TopKAST(0.75, 0.5).attach(model, optimizer, verbose=False)
+    assert optimizer.momentum_policy == "freeze" and optimizer.masks is sparsifier.backward_masks
+    sparsifier.finalize()
+    assert optimizer.momentum_policy == "decay" and len(optimizer.masks) == 0
