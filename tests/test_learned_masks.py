@@ -77,6 +77,24 @@ def test_scores_sum_up_minus_g_times_w():
         assert sparsifier.masks.bool("weight").flatten()[best].all() and sparsifier.masks.density() == 0.5
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_scores_follow_a_model_laid_out_anew(momentum):
+    """Masks are in the order of the weights, also where the scores were made in another."""
+    model, optimizer, sparsifier = setup(lambda: sk.Movement(0.5, NOW, momentum=momentum))
+    iterate(model, optimizer, sparsifier, 0, 2)
+    model.to(memory_format=torch.channels_last)
+    weight, name = model[3].weight, "3.weight"
+    gradients(model, optimizer, 2)
+    score, grad = sparsifier.learned.values[name].detach().clone(), weight.grad.clone()
+    kept, before = sparsifier.masks.bool(name), weight.detach().clone()
+    optimizer.step()
+    assert torch.equal(weight.grad, torch.where(kept, grad, 0)) and 0 < int(kept.sum()) < kept.numel()
+    assert not torch.equal(weight.detach(), before)
+    if not momentum:
+        rate = sparsifier.lr_ratio * optimizer.param_groups[0]["lr"]
+        torch.testing.assert_close(sparsifier.learned.values[name].detach(), score - rate * grad * before)
+
+
 def test_rate_is_that_of_the_weights_own_group():
     model = network()
     optimizer = torch.optim.SGD(

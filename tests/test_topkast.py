@@ -142,3 +142,19 @@ def test_the_optimizer_freezes_while_attached_and_is_as_it_was_afterwards():
     assert optimizer.momentum_policy == "freeze" and optimizer.masks is sparsifier.backward_masks
     sparsifier.finalize()
     assert optimizer.momentum_policy == "decay" and len(optimizer.masks) == 0
+
+
+@pytest.mark.parametrize("alpha", [1.5, 2.0])
+@pytest.mark.parametrize("method", ["topkast", "powerpropagation"])
+def test_gradients_are_those_of_the_power(method, alpha):
+    """Everywhere for Top-KAST, straight through its mask; where the mask keeps for Powerpropagation."""
+    model = torch.nn.Linear(6, 4, bias=False)
+    make = sk.TopKAST(0.5, 0.25, alpha=alpha) if method == "topkast" else sk.Powerpropagation(alpha, ONCE)
+    sparsifier = make.attach(model, sk.MaskedSGD(model.parameters(), lr=0.1), verbose=False)
+    x = torch.randn(3, 6)
+    model(x).square().sum().backward()
+    phi, kept = model.weight.detach(), sparsifier.masks.bool("weight")
+    theta = torch.where(kept, phi * phi.abs() ** (alpha - 1), 0).requires_grad_()
+    (x @ theta.T).square().sum().backward()
+    want = theta.grad * alpha * phi.abs() ** (alpha - 1)
+    torch.testing.assert_close(model.weight.grad, want if method == "topkast" else torch.where(kept, want, 0))
