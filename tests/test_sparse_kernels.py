@@ -19,10 +19,11 @@ CASES = [
     (12, 24, 2, (1, 1), (13, 11), 1, 0, 1, 2),  # pointwise: read in place, with a short last vector
     (16, 8, 1, (1, 1), (20, 13), 2, 0, 1, 2),
     (16, 8, 2, (3, 3), (40, 60), 2, 1, 1, 1),  # many tiles; two phases of the stride
-    (12, 8, 1, (5, 3), (9, 17), (3, 1), (2, 4), (2, 3), 2),  # more padding than kernel
+    (12, 20, 1, (5, 3), (9, 17), (3, 1), (2, 4), (2, 3), 2),  # more padding than kernel; many channels of three phases
     (8, 4, 1, (7, 7), (31, 29), 2, 3, 1, 1),
     (7, 7, 7, (3, 3), (6, 5), 1, 1, 1, 2),  # depthwise
     (4, 4, 1, (2, 2), (3, 3), 5, 2, 2, 1),  # a stride beyond the image
+    (264, 12, 1, (1, 1), (13, 11), 1, 0, 1, 2),  # read often: packed, though it could be read in place; many rows
 ]
 
 

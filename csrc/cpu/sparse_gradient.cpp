@@ -22,7 +22,7 @@ constexpr int64_t kPackChannels = 16;
 constexpr int64_t kDeliverGrain = 2048;
 
 int64_t tile_pixels(const SparseShape& w, const Grid& grid) {
-  return std::clamp(2 * kTileFloats / (w.channels * w.groups * grid.planes()), kLeastPixels, kMostPixels);
+  return std::clamp(4 * kTileFloats / (w.channels * w.groups * grid.planes()), kLeastPixels, kMostPixels);
 }
 
 Grid weight_grid(const GradientAxis& rows, const GradientAxis& columns, int64_t images, const SparseShape& w,
@@ -153,7 +153,7 @@ bool sparse_weight_gradient(const GradientAxis& down, const GradientAxis& across
   float* const total = sum_buffer.get(sums);
   std::fill(total, total + sums, 0.0f);
   const int64_t tile_floats = channels * grid.planes() * t.width;
-  const int64_t together = std::clamp<int64_t>(2 * kTileFloats / tile_floats, 1, t.count);
+  const int64_t together = std::clamp<int64_t>(4 * kTileFloats / tile_floats, 1, t.count);
   float* const activations = activation_buffer.get(chosen.place ? 0 : together * tile_floats);
   const SparseRows s{rows.pointers, rows.activations, nullptr, nullptr, chosen.width, w.tall, w.wide, true};
   const int64_t parts = 4 * torch::stable::get_num_threads(), step = kPackChannels / w.tall;

@@ -29,8 +29,9 @@ int64_t part_begin(const int32_t* pointers, int64_t rows, int64_t i, int64_t n) 
 
 namespace {
 
-// From 512 KiB on, what a product reads does not stay in the caches of a core: tiles are fetched one ahead.
-constexpr int64_t kFetchFloats = 1 << 17;
+// From 1 MiB on, what a product reads does not stay in the caches of a core: tiles are fetched one ahead. Of smaller
+// images that takes 1.03 to 1.07 times as long (Sapphire Rapids, 14x14 pixels of 1024 channels).
+constexpr int64_t kFetchFloats = 1 << 18;
 
 // Output channels between scratch and image: with the 96 pixels of a tall tile, 24 KiB.
 constexpr int64_t kScratchRows = 64;

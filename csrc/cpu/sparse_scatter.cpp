@@ -12,6 +12,8 @@ namespace {
 
 // As many tasks as a few threads need.
 constexpr int64_t kTasks = 8;
+// Block rows whose gradients are packed at once, 96 KiB: all of them would drive the tile from the cache.
+constexpr int64_t kRows = 64;
 
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -28,7 +30,7 @@ struct Tiles {
     const SparseLimits limits = sparsekern::limits();
     part = limits.lanes * limits.tall;
     const int64_t all = grid.length + grid.reach;
-    const int64_t room = 2 * kTileFloats / (all_channels * grid.planes()) - 2 * grid.reach;
+    const int64_t room = 4 * kTileFloats / (all_channels * grid.planes()) - 2 * grid.reach;
     // Without a reach nothing is done twice; rows of a few cache lines are slow to write, whatever their number.
     const int64_t most = std::max({grid.reach ? room : std::min(room, 4 * part), part, 4 * grid.reach});
     per_span = ceil_divide(all, most);
@@ -100,8 +102,11 @@ void scatter_tile(const Grid& grid, const Tiles& t, int64_t tile, const Image<co
   for (int64_t n = start; n < stop; n += t.part) {
     const int64_t count = std::min(t.part, stop - n);
     grid.outputs(runs, span, n, count, gradients.strides);
-    const NumberedRows g = numbered_rows(runs, count, gradients, 0, block_rows * 4, t.part, gradient_buffer);
-    kernels().sparse_scatter(rows, 0, block_rows, g.data, g.width, count, packed + (n - start));
+    for (int64_t row = 0; row < block_rows; row += kRows) {
+      const int64_t last = std::min(row + kRows, block_rows);
+      const NumberedRows g = numbered_rows(runs, count, gradients, row * 4, (last - row) * 4, t.part, gradient_buffer);
+      kernels().sparse_scatter(rows, row, last, g.data - row * 4 * g.width, g.width, count, packed + (n - start));
+    }
   }
   for (int64_t plane = 0; plane < grid.planes(); ++plane) {
     grid.inputs(runs, span, first, last - first, plane, result.strides);

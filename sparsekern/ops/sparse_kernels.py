@@ -52,7 +52,10 @@ _plans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def versions(structure: Sequence[Tensor]) -> tuple[int, int]:
     """How often each of the two tensors was changed in place; inference tensors do not count it."""
     first, second = structure
-    return 0 if first.is_inference() else first._version, 0 if second.is_inference() else second._version
+    try:
+        return first._version, second._version
+    except RuntimeError:
+        return 0 if first.is_inference() else first._version, 0 if second.is_inference() else second._version
 
 
 def remembered(structure: Sequence[Tensor]) -> dict[Any, Any]:
