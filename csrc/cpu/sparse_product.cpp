@@ -48,6 +48,14 @@ constexpr int64_t kPackChannels = 16;
 
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// So few tiles that their rows are shared out over the threads too.
+bool shares_tiles(int64_t tiles, int64_t threads) { return threads > 1 && tiles < 4 * threads; }
+
+// Parts of the rows of a tile: of few tiles, four or more tasks per thread, and as many for each.
+int64_t row_parts(int64_t tiles, int64_t threads) {
+  return shares_tiles(tiles, threads) ? ceil_divide(ceil_divide(4 * threads, tiles), threads) * threads : 1;
+}
+
 template <class T>
 class Product {
  public:
@@ -160,7 +168,7 @@ class Product {
 
 // Tiles that need no packing.
 void run_places(const Product<float>& product, int64_t tiles, const SparseRows& s, int64_t rows, int64_t threads) {
-  const int64_t parts = threads > 1 ? ceil_divide(4 * threads, tiles) : 1;
+  const int64_t parts = row_parts(tiles, threads);
   torch::stable::parallel_for(0, tiles * parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t part = i % parts;
@@ -190,7 +198,7 @@ void run_parts(const Product<T>& product, int64_t tiles, int64_t channels, const
   thread_local Buffer<float> buffer;
   float* const packed = buffer.get(tiles * product.packed_floats());
   const auto at = [&](int64_t tile) { return packed + tile * product.packed_floats(); };
-  const int64_t wanted = 4 * threads, parts = ceil_divide(wanted, tiles);
+  const int64_t parts = row_parts(tiles, threads);
   const int64_t slices = std::min(ceil_divide(channels, 16), parts);
   torch::stable::parallel_for(0, tiles * slices, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -243,6 +251,8 @@ Plan::Plan(const Grid& grid, int64_t channels, int32_t tall, const Strides& inpu
            direct && in_place(grid, input), input.channel) {}
 
 void Plan::pack_if_read_often(int64_t channels, int64_t reads) {
+  // What one core has packed is slow for another one to read.
+  if (shares_tiles(tiling.count, torch::stable::get_num_threads())) return;
   if (place && width % kLineFloats && reads >= kPackedReads * channels) agree(tiling.width);
 }
 
@@ -264,7 +274,7 @@ void multiply(const Grid& grid, const Plan& plan, const Image<const T>& input, i
   if constexpr (std::is_same_v<T, float>) {
     if (plan.place) return run_places(product, tiles, s, rows, threads);
   }
-  if (threads > 1 && tiles < 4 * threads) {
+  if (shares_tiles(tiles, threads)) {
     run_parts(product, tiles, channels, s, rows, threads);
   } else {
     run_tiles(product, tiles, channels, rows);
