@@ -48,8 +48,12 @@ def test_compiled_backends_agree_bit_for_bit(native, penalty):
     run(native, *got, lr=0.3, penalties=[penalty] * len(SIZES))
     want = problem()
     if penalty:
+        before = torch.ops.sparsekern.cpu_isa()
         torch.ops.sparsekern.set_cpu_isa("scalar")
-        run("native", *want, lr=0.3, penalties=[penalty] * len(SIZES))
+        try:
+            run("native", *want, lr=0.3, penalties=[penalty] * len(SIZES))
+        finally:
+            torch.ops.sparsekern.set_cpu_isa(before)
     else:
         parameters = [s.requires_grad_() for s in want[0]]
         for s, grad, weight in zip(parameters, *want[1:3], strict=True):
