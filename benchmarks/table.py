@@ -28,24 +28,38 @@ FULL = """# All recorded figures
 Written by `python -m benchmarks.table`. The command of each table stands below it."""
 SPARSITIES = ("0.9", "0.95", "0.98")
 RUN = ("date", "commit", "command", "cpu")
-NAMES = {
-    "masked_sgd": "SGD step, 25.6M weights",
-    "masked_adamw": "AdamW step, 25.6M weights",
-    "topk_mask": "top-k masks, 25.5M weights",
-    "sparse_conv2d": "52 convolutions of ResNet-50",
-    "batch_norm": "batch-norm of ResNet-50, training",
-    "training": "training step of ResNet-50",
-}
 TITLES = {
-    "masked_sgd": "One optimizer step of ResNet-50, all 25.6M parameters, momentum and weight decay",
-    "masked_adamw": "The same step with AdamW, weight decay and both moments",
-    "topk_mask": "Exact top-k masks of ResNet-50's 25.5M prunable weights (x floor: reading them once)",
-    "sparse_conv2d": "Convolutions of ResNet-50 and pointwise ones of MobileNetV1, float32, against torch's best dense "
-    "ones: median speedup (range), and that of ResNet-50's behind the first together",
-    "batch_norm": "Batch-norms of ResNet-50 in training, with the residual and the ReLU that follow them",
-    "list_operators": "Operators of methods with a dense store, each one pass over ResNet-50's 25.5M weights",
-    "training": "One training step of ResNet-50 in a sparse phase, through `sk.nn.accelerate`, and where its time goes",
+    "masked_sgd": (
+        "SGD step, 25.6M weights",
+        "One optimizer step of ResNet-50, all 25.6M parameters, momentum and weight decay",
+    ),
+    "masked_adamw": (
+        "AdamW step, 25.6M weights",
+        "The same step with AdamW, weight decay and both moments",
+    ),
+    "topk_mask": (
+        "top-k masks, 25.5M weights",
+        "Exact top-k masks of ResNet-50's 25.5M prunable weights (x floor: reading them once)",
+    ),
+    "sparse_conv2d": (
+        "52 convolutions of ResNet-50",
+        "Convolutions of ResNet-50 and pointwise ones of MobileNetV1, float32, against torch's best dense ones: "
+        "median speedup (range), and that of ResNet-50's behind the first together",
+    ),
+    "batch_norm": (
+        "batch-norm of ResNet-50, training",
+        "Batch-norms of ResNet-50 in training, with the residual and the ReLU that follow them",
+    ),
+    "list_operators": (
+        "pass over 25.5M weights",
+        "Operators of methods with a dense store, each one pass over ResNet-50's 25.5M weights",
+    ),
+    "training": (
+        "training step of ResNet-50",
+        "One training step of ResNet-50 in a sparse phase, through `sk.nn.accelerate`, and where its time goes",
+    ),
 }
+"""Benchmark -> what a row of the overview and a table of all figures are called."""
 
 
 def last_runs(bench: str, folder: Path = RESULTS) -> list[list[dict[str, str]]]:
@@ -147,7 +161,7 @@ def _overview_lines(bench: str, rows: list[dict[str, str]]) -> list[str]:
     run = _run(rows)
     if not any(key[-1] for key in speedups):
         text = f"{min(speedups.values()):.2f}x to {max(speedups.values()):.2f}x"
-        return [f"| {NAMES[bench]} | {run} | {len(speedups)} cases, no sparsity | {text} | | |"]
+        return [f"| {TITLES[bench][0]} | {run} | {len(speedups)} cases, no sparsity | {text} | | |"]
     lines = []
     for case, pass_, layout, pattern in dict.fromkeys(key[:-1] for key in speedups):
         whole = case.rpartition("/")[2]
@@ -161,7 +175,7 @@ def _overview_lines(bench: str, rows: list[dict[str, str]]) -> list[str]:
         cells = [speedups.get((case, pass_, layout, pattern, sparsity)) for sparsity in SPARSITIES]
         texts = [f"{cell:.2f}x" if cell else "" for cell in cells]
         weights = pattern + ", packed" * (layout == "packed")
-        lines.append(f"| {NAMES[bench]}{what} | {run} | {weights} | " + " | ".join(texts) + " |")
+        lines.append(f"| {TITLES[bench][0]}{what} | {run} | {weights} | " + " | ".join(texts) + " |")
     return lines
 
 
@@ -190,7 +204,7 @@ def overview(folder: Path = RESULTS) -> str:
 def render(folder: Path = RESULTS) -> str:
     """All tables."""
     parts = []
-    for bench, title in TITLES.items():
+    for bench, (_, title) in TITLES.items():
         runs = last_runs(bench, folder)
         tables = [
             "\n".join([*(_summary if bench == "sparse_conv2d" else _lines)(run), "", _origin(run)]) for run in runs
