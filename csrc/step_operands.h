@@ -11,13 +11,18 @@
 namespace sparsekern {
 
 // Element i of one's memory is element i of the other's; strides of dimensions of size 1 say nothing.
-inline bool same_layout(const Tensor& a, const Tensor& b) {
+inline bool same_order(const Tensor& a, const Tensor& b) {
   // torch 2.10 has no operator== for sizes.
-  if (a.scalar_type() != b.scalar_type() || !a.sizes().equals(b.sizes())) return false;
+  if (!a.sizes().equals(b.sizes())) return false;
   for (int64_t d = 0; d < a.dim(); ++d) {
     if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;
   }
   return true;
+}
+
+// Also of one type.
+inline bool same_layout(const Tensor& a, const Tensor& b) {
+  return a.scalar_type() == b.scalar_type() && same_order(a, b);
 }
 
 // Whether the elements fill their memory, in any order of the dimensions: the kernel walks it from end to end.

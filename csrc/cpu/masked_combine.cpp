@@ -18,11 +18,8 @@ void check_operand(const std::vector<Tensor>& outputs, const char* name, const s
                   "] must have the layout of outputs[", i, "]");
 }
 
-// Whether the output is better written past the caches: it is too large to be found there, and nothing of it was read.
 bool streams(const CombineTensor& t, int64_t elements) {
-  constexpr int64_t kLarge = int64_t{1} << 18;
-  return t.dtype == Dtype::kFloat32 && elements >= kLarge && t.output != t.first && t.output != t.second &&
-         t.output != t.times && reinterpret_cast<uintptr_t>(t.output) % 64 == 0;
+  return past_caches(t.dtype, t.output, elements) && t.output != t.first && t.output != t.second && t.output != t.times;
 }
 
 void masked_combine_cpu(std::vector<Tensor> outputs, std::vector<Tensor> first, std::vector<Tensor> second,

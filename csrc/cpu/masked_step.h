@@ -17,6 +17,13 @@ double step_scalar(const char* op, const Tensor& t);
 // params[i] is on the CPU and fills its memory.
 void check_step_param(const char* op, const std::vector<Tensor>& params, size_t i);
 
+// Whether results that are no operand themselves are better written past the caches: too many to be found there, and on
+// a cache line.
+inline bool past_caches(Dtype dtype, const void* output, int64_t elements) {
+  constexpr int64_t kLarge = int64_t{1} << 18;
+  return dtype == Dtype::kFloat32 && elements >= kLarge && reinterpret_cast<uintptr_t>(output) % 64 == 0;
+}
+
 // Elements per task: 32 Ki, that is 640 KiB of float32 traffic, and a multiple of the 16 lanes that share mask bytes.
 constexpr int64_t kStepGrain = int64_t{1} << 15;
 

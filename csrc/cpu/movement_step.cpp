@@ -13,14 +13,6 @@ namespace {
 
 constexpr char kOp[] = "movement_step_";
 
-bool same_order(const Tensor& a, const Tensor& b) {
-  if (!a.sizes().equals(b.sizes())) return false;
-  for (int64_t d = 0; d < a.dim(); ++d) {
-    if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;
-  }
-  return true;
-}
-
 void movement_step_cpu(std::vector<Tensor> scores, std::vector<Tensor> grads, std::vector<Tensor> weights,
                        std::vector<std::optional<Tensor>> masks, double lr, std::vector<double> penalties,
                        std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {

@@ -13,11 +13,9 @@ namespace {
 
 constexpr char kOp[] = "soft_threshold_";
 
-// Whether the output is better written past the caches, as in masked_combine_; rows must keep to lines of 64 bytes.
+// Rows must keep to cache lines.
 bool streams(const ShrinkTensor& t, int64_t elements) {
-  constexpr int64_t kLarge = int64_t{1} << 18;
-  return t.dtype == Dtype::kFloat32 && elements >= kLarge && t.output != t.weight && t.output != t.gradient &&
-         t.row % 16 == 0 && reinterpret_cast<uintptr_t>(t.output) % 64 == 0;
+  return past_caches(t.dtype, t.output, elements) && t.output != t.weight && t.output != t.gradient && t.row % 16 == 0;
 }
 
 void soft_threshold_cpu(std::vector<Tensor> outputs, std::vector<Tensor> weights, std::vector<Tensor> thresholds,

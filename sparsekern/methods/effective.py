@@ -25,7 +25,7 @@ from sparsekern.methods.memory import Memory
 from sparsekern.methods.one_layer import combine_one
 from sparsekern.ops import unpack_mask
 from sparsekern.ops.masked_combine import launch as combine
-from sparsekern.ops.operands import as_layout
+from sparsekern.ops.operands import as_layout, write_back
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -240,9 +240,7 @@ class EffectiveSparsifier(Sparsifier):
                 [], [masks.packed(names[i]) for i in chosen], scale=None if scale is None else scale.to(device),
                 within=[] if within is None else [within.packed(names[i]) for i in chosen], **factors,
             )  # fmt: skip
-            for i, result in zip(chosen, laid, strict=True):
-                if result is not outputs[i]:
-                    outputs[i].copy_(result)
+            write_back([outputs[i] for i in chosen], laid)
 
     def _scaled(self, value: Tensor) -> Tensor:
         """`value` times the loss scale, if the optimizer is still to divide its gradients by it."""

@@ -27,7 +27,15 @@ import torch
 from torch import Tensor
 
 from sparsekern._library import define
-from sparsekern.ops.operands import as_layout, check_entry, check_mask, check_overlap, check_scalar, is_dense
+from sparsekern.ops.operands import (
+    as_layout,
+    check_entry,
+    check_mask,
+    check_overlap,
+    check_scalar,
+    is_dense,
+    write_back,
+)
 from sparsekern.ops.packing import unpack_mask
 
 
@@ -127,9 +135,7 @@ def launch(outputs, first, second, times, masks, *, live, pruned, scale=None, ma
             dense, first, second, masks, live=list(map(float, live)), pruned=list(map(float, pruned)), scale=scale,
             times=times, magnitude=magnitude, within=within,
         )  # fmt: skip
-        for out, result in zip(outputs, dense, strict=True):
-            if out is not result:
-                out.copy_(result)
+        write_back(outputs, dense)
     # The dispatcher does not bump the counters that let autograd detect a stale saved tensor.
     torch.autograd.graph.increment_version(outputs)
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from sparsekern._library import define
-from sparsekern.ops.operands import as_layout, check_mask, check_overlap, check_scalar, is_dense
+from sparsekern.ops.operands import as_layout, check_mask, check_overlap, check_scalar, is_dense, write_back
 from sparsekern.ops.packing import unpack_mask
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -111,9 +111,7 @@ def launch(scores, grads, weights, masks, *, lr, penalties, grad_scale=None, fou
             dense, ordered, [as_layout(w, g) for w, g in zip(weights, ordered, strict=True)], masks, lr=float(lr),
             penalties=list(map(float, penalties)), grad_scale=grad_scale, found_inf=found_inf,
         )  # fmt: skip
-        for target, result in zip([*scores, *grads], [*dense, *ordered], strict=True):
-            if result is not target:
-                target.copy_(result)
+        write_back([*scores, *grads], [*dense, *ordered])
     # The dispatcher does not bump the counters that let autograd detect a stale saved tensor.
     torch.autograd.graph.increment_version([*scores, *grads])
 

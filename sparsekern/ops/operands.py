@@ -1,4 +1,5 @@
-"""Operands of the masked optimizer steps: lists with one entry per parameter, checked, laid out, launched."""
+"""Operands of the masked optimizer steps and of other operators on lists with one entry per parameter: checked, laid
+out, launched."""
 
 from __future__ import annotations
 
@@ -31,10 +32,26 @@ def launch_any_layout(op: Callable[..., Any], params, grads, buffers, masks, cou
     ordered = [[as_layout(t, p) for t, p in zip(each, dense[: len(each)], strict=True)] for each in buffers]
     launch(op, dense, grads, ordered, masks, counts, **hyper)
     with torch.no_grad():
-        targets = [*params, *(t for each in buffers for t in each)]
-        for target, result in zip(targets, [*dense, *(t for each in ordered for t in each)], strict=True):
-            if result is not target:
-                target.copy_(result)
+        write_back([*params, *(t for each in buffers for t in each)], [*dense, *(t for each in ordered for t in each)])
+
+
+def write_back(targets: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+    """Bring results that lie in other memory, because a kernel wanted another layout, to their targets."""
+    for target, result in zip(targets, results, strict=True):
+        if result is not target:
+            target.copy_(result)
+
+
+def check_numbers(name: str, tensors: Sequence[Tensor]) -> None:
+    """Raise unless the list has an entry, and all are floating-point tensors on one device."""
+    if not tensors:
+        raise ValueError(f"{name} must hold at least one tensor")
+    for i, t in enumerate(tensors):
+        if t.dtype not in DTYPES or t.device != tensors[0].device:
+            raise TypeError(
+                f"{name}[{i}] must be one of {', '.join(map(str, DTYPES))} on {tensors[0].device}, "
+                f"got {t.dtype} on {t.device}"
+            )
 
 
 def is_dense(t: Tensor) -> bool:

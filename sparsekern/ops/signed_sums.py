@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsekern._library import define
-from sparsekern.ops.operands import DTYPES, as_layout, is_dense
+from sparsekern.ops.operands import as_layout, check_numbers, is_dense
 
 
 def reference(values: Sequence[Tensor], signs: Sequence[Tensor]) -> Tensor:
@@ -34,12 +34,8 @@ def check(values: Sequence[Tensor], signs: Sequence[Tensor]) -> None:
     """Raise ValueError or TypeError, naming the argument at fault."""
     if not values or len(signs) != len(values):
         raise ValueError(f"values and signs must have as many entries, one at least, got {len(values)}, {len(signs)}")
+    check_numbers("values", values)
     for i, (v, s) in enumerate(zip(values, signs, strict=True)):
-        if v.dtype not in DTYPES or v.device != values[0].device:
-            raise TypeError(
-                f"values[{i}] must be one of {', '.join(map(str, DTYPES))} on {values[0].device}, "
-                f"got {v.dtype} on {v.device}"
-            )
         if s.shape != v.shape or s.dtype != v.dtype or s.device != v.device:
             raise ValueError(
                 f"signs[{i}] must be {v.dtype} of shape {tuple(v.shape)} on {v.device} like values[{i}], "

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sparsekern._library import define
-from sparsekern.ops.operands import as_layout, check_entry, check_overlap, is_dense
+from sparsekern.ops.operands import as_layout, check_entry, check_overlap, is_dense, write_back
 
 
 def reference(outputs, weights, thresholds, gradients, rescale) -> None:
@@ -94,9 +94,7 @@ def soft_threshold_(
     with torch.no_grad():
         given, slopes = ([as_layout(t, o) for t, o in zip(v, dense, strict=bool(v))] for v in read.values())
         OP(dense, given, numbers, slopes, rescale)
-        for out, result in zip(outputs, dense, strict=True):
-            if out is not result:
-                out.copy_(result)
+        write_back(outputs, dense)
     # The dispatcher does not bump the counters that let autograd detect a stale saved tensor.
     torch.autograd.graph.increment_version(outputs)
 

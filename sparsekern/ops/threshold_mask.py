@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from sparsekern._library import define
+from sparsekern.ops.operands import check_numbers
 from sparsekern.ops.packing import count_live, pack_mask, storage_order
-from sparsekern.ops.topk_mask import DTYPES
 
 
 def reference(values: Sequence[Tensor], threshold: float) -> tuple[list[Tensor], Tensor]:
@@ -35,14 +35,7 @@ def fake(values: Sequence[Tensor], threshold: float) -> tuple[list[Tensor], Tens
 
 def check(values: Sequence[Tensor], threshold: float) -> None:
     """Raise ValueError or TypeError, naming the argument at fault."""
-    if not values:
-        raise ValueError("values must hold at least one tensor")
-    for i, value in enumerate(values):
-        if value.dtype not in DTYPES or value.device != values[0].device:
-            raise TypeError(
-                f"values[{i}] must be one of {', '.join(map(str, DTYPES))} on {values[0].device}, "
-                f"got {value.dtype} on {value.device}"
-            )
+    check_numbers("values", values)
     if threshold != threshold:
         raise ValueError("threshold must be a number, got NaN")
 

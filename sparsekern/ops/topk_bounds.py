@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparsekern._library import define
-from sparsekern.ops.topk_mask import DTYPES
+from sparsekern.ops.operands import check_numbers
 
 
 def reference(scores: Sequence[Tensor], keep: int, factors: Sequence[float] = ()) -> Tensor:
@@ -38,14 +38,7 @@ def fake(scores: Sequence[Tensor], keep: int, factors: Sequence[float] = ()) -> 
 
 def check(scores: Sequence[Tensor], keep: int, factors: Sequence[float]) -> None:
     """Raise ValueError or TypeError, naming the argument at fault."""
-    if not scores:
-        raise ValueError("scores must hold at least one tensor")
-    for i, score in enumerate(scores):
-        if score.dtype not in DTYPES or score.device != scores[0].device:
-            raise TypeError(
-                f"scores[{i}] must be one of {', '.join(map(str, DTYPES))} on {scores[0].device}, "
-                f"got {score.dtype} on {score.device}"
-            )
+    check_numbers("scores", scores)
     total = sum(score.numel() for score in scores)
     if not 0 <= keep <= total:
         raise ValueError(f"keep must be from 0 to {total}, the number of scores, got {keep}")
