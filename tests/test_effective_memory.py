@@ -185,3 +185,65 @@ def test_graphs_over_several_copies_of_one_layer():
     layer(layer(layer(x))).sum().backward()
     (want,) = torch.autograd.grad((x @ weight.T @ weight.T @ weight.T).sum(), weight)
     torch.testing.assert_close(layer.weight.grad, want)
+
+
+@every_method
+def test_one_call_at_the_start_of_a_pass_serves_all_layers_that_the_last_one_used(method, monkeypatch):
+    model, optimizer, sparsifier = attached(method)
+    calls, fill = [], sparsifier._fill
+
+    def counted(names, weights, outs):
+        calls.append(list(names))
+        fill(names, weights, outs)
+
+    monkeypatch.setattr(sparsifier, "_fill", counted)
+    first, second = sorted(sparsifier.masks)
+    for wanted in ([[first], [second]], [[first, second]]):
+        calls.clear()
+        model(inputs(0))
+        assert calls == wanted
+    model[1] = nn.Identity()
+    model(inputs(0)), calls.clear()
+    torch.testing.assert_close(model(inputs(1)), inputs(1) @ sparsifier.effective(first, model[0].weight).detach().T)
+    assert calls == [[first]]
+
+
+class Twice(nn.Module):
+    """Uses a layer, does something, uses it again."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6, bias=False)
+        self.between = lambda: None
+
+    def forward(self, x):
+        first = self.layer(x)
+        self.between()
+        return first, self.layer(x)
+
+
+@every_method
+def test_a_weight_changed_within_a_pass_or_after_one_that_failed_is_seen(method):
+    torch.manual_seed(0)
+    model, _, sparsifier = setup(METHODS[method], "masked", Twice())
+    x, stored = torch.randn(3, 6), model.layer.weight
+
+    def want():
+        return x @ sparsifier.effective("layer.weight", stored).detach().T
+
+    def double():
+        stored.data.mul_(2)  # behind the back of autograd
+
+    def fail():
+        double()
+        raise KeyError
+
+    model(x)
+    before, model.between = want(), double
+    torch.testing.assert_close(model(x), (before, want()))
+    assert not torch.equal(before, want())
+    hook = model.register_forward_pre_hook(lambda *_: fail())
+    with pytest.raises(KeyError):
+        model(x)
+    hook.remove()
+    torch.testing.assert_close(model.layer(x), want())

@@ -6,8 +6,9 @@ also runs after an exception takes the shadow away. So parameters, optimizers, s
 nothing of it. `finalize` writes the effective weights into the store and leaves a plain module.
 
 The shadow is one tensor per weight, kept from step to step: fresh memory for a whole model in each step would cost as
-much as all the arithmetic. It is computed anew in every forward pass, so no way of changing a weight is missed. To
-autograd it is what a parameter is: a backward pass that comes after a change of the weight raises an error.
+much as all the arithmetic. It is computed anew in every forward pass, so no way of changing a weight is missed; all
+those of a model at once as its pass begins, for one call over them takes two thirds of the time of one call for each
+layer. To autograd it is what a parameter is: a backward pass that comes after a change of the weight raises an error.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from torch import Tensor, nn
 
 from sparsekern.masks import MaskSet
 from sparsekern.methods.base import Sparsifier
+from sparsekern.methods.layer_calls import combine_layers
 from sparsekern.methods.memory import Memory
-from sparsekern.methods.one_layer import combine_one
+from sparsekern.methods.swap import Swap, WholePass
 from sparsekern.ops import unpack_mask
 from sparsekern.ops.masked_combine import launch as combine
 from sparsekern.ops.operands import as_layout, write_back
@@ -41,32 +43,6 @@ class _StraightThrough(torch.autograd.Function):
 def straight_through(weight: Tensor, value: Tensor) -> Tensor:
     """`value` forward; backward, its gradient goes to `weight` as it is. Both of one shape."""
     return _StraightThrough.apply(weight, value)
-
-
-class _Swap:
-    """The two hooks of one weight of one layer. A copied model shares it, so it runs sparse as the original does."""
-
-    def __init__(self, sparsifier: EffectiveSparsifier, name: str, key: str):
-        self.sparsifier, self.name, self.key = sparsifier, name, key
-
-    def enter(self, module: nn.Module, _: Any) -> None:
-        weight = module._parameters[self.key]
-        # In a compiled model the formula becomes part of the graph.
-        compute = self.sparsifier.effective if torch.compiler.is_compiling() else self.sparsifier.shadow
-        # The instance dictionary comes before nn.Module's look-up of parameters and is no part of the state dict.
-        module.__dict__[self.key] = compute(self.name, weight)
-
-    def leave(self, module: nn.Module, *_: Any) -> None:
-        module.__dict__.pop(self.key, None)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Swap:
-        return self
-
-    def __reduce__(self):
-        raise TypeError(
-            "model: cannot be pickled while a sparsifier is attached that computes its forward weights; save its "
-            "state_dict() and the sparsifier's, or call finalize() first"
-        )
 
 
 @dataclass
@@ -95,9 +71,13 @@ class EffectiveSparsifier(Sparsifier):
         """The weight that layers use in place of `weight`, connected to it by autograd."""
         raise NotImplementedError
 
-    def _fill(self, name: str, weight: Tensor, out: Tensor) -> None:
-        """Write the value of `effective(name, weight)` into `out`, laid out as `weight`; no gradients here."""
-        out.copy_(self.effective(name, weight))
+    def _fill(self, names: Sequence[str], weights: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
+        """Write the value of each `effective(name, weight)` into its `out`, laid out as `weight`; no gradients here.
+
+        All are on one device.
+        """
+        for name, weight, out in zip(names, weights, outs, strict=True):
+            out.copy_(self.effective(name, weight))
 
     def _connect(self, name: str, weight: Tensor, value: Tensor) -> Tensor:
         """`value`, which `_fill` wrote, with the gradient of `effective`."""
@@ -113,17 +93,46 @@ class EffectiveSparsifier(Sparsifier):
         if of_copy:
             return self.effective(name, weight)
         found = self._shadows.get(name)
-        value = self.memory.own(name, weight)
-        if found is None or found.value is not value:
-            found = self._shadows[name] = _Shadow(value, value.data)
-        with torch.no_grad():
-            self._fill(name, weight.detach(), found.written)
-        cause = weight._version, weight.data_ptr(), self._cause(name)
-        if cause != found.cause:
-            torch.autograd.graph.increment_version([found.value])
-            found.cause = cause
+        # What `begin_pass` computed serves the first use in that pass.
+        if found is None or self._ready.pop(name, None) != self._seen(name, weight):
+            (found,) = self._compute([name], [weight])
+        self._used.add(name)
         connected = torch.is_grad_enabled() and weight.requires_grad
         return self._connect(name, weight, found.value) if connected else found.value
+
+    def _seen(self, name: str, weight: Tensor) -> Any:
+        """What can be seen of all that the effective weight follows from."""
+        return weight._version, weight.data_ptr(), self._cause(name)
+
+    def _compute(self, names: Sequence[str], weights: Sequence[Tensor]) -> list[_Shadow]:
+        """Bring the shadows of these parameters, which are on one device, up to date."""
+        found = []
+        for name, weight in zip(names, weights, strict=True):
+            value, known = self.memory.own(name, weight), self._shadows.get(name)
+            if known is None or known.value is not value:
+                known = self._shadows[name] = _Shadow(value, value.data)
+            found.append(known)
+        with torch.no_grad():
+            self._fill(names, [w.detach() for w in weights], [f.written for f in found])
+        causes = list(map(self._seen, names, weights))
+        changed = [(f, cause) for f, cause in zip(found, causes, strict=True) if f.cause != cause]
+        torch.autograd.graph.increment_version([f.value for f, _ in changed])
+        for each, cause in changed:
+            each.cause = cause
+        return found
+
+    def begin_pass(self) -> None:
+        """Compute what the last forward pass of the model used. On a GPU layers do not wait for their own calls."""
+        names = [n for n in self.masks if n in self._used and self.masks.parameter(n).device.type == "cpu"]
+        weights = [self.masks.parameter(n) for n in names]
+        if names:
+            self._compute(names, weights)
+        self._ready = dict(zip(names, map(self._seen, names, weights), strict=True))
+        self._used.clear()
+
+    def end_pass(self) -> None:
+        """From now on each layer computes its own again: what it finds could be stale."""
+        self._ready.clear()
 
     def needs_dense_gradient(self) -> bool:
         return True
@@ -136,6 +145,8 @@ class EffectiveSparsifier(Sparsifier):
                     f"MultiheadAttention, so {type(self).__name__} cannot replace its weight"
                 )
         self._shadows: dict[str, _Shadow] = {}
+        self._ready: dict[str, Any] = {}  # weights that were computed as this pass began, as `_seen` then
+        self._used: set[str] = set()  # since the pass before began
         self.memory = Memory()
         self._begin()
         self._refresh_kept()
@@ -150,9 +161,9 @@ class EffectiveSparsifier(Sparsifier):
             for key, parameter in module._parameters.items():
                 name = None if parameter is None else self.masks.name_of(parameter)
                 if name is not None:
-                    swap = _Swap(self, name, key)
-                    self._handles.append(module.register_forward_pre_hook(swap.enter, prepend=True))
-                    self._handles.append(module.register_forward_hook(swap.leave, prepend=True, always_call=True))
+                    self._handles += Swap(self, name, key).register(module, prepend=True)
+        # Last, so that it sees what other hooks of the model change.
+        self._handles += WholePass(self).register(self.model, prepend=False)
 
     def _hold_zero(self) -> None:
         """Nothing: the store is dense."""
@@ -176,9 +187,9 @@ class EffectiveSparsifier(Sparsifier):
         strides, packed = self._bits[name]
         return packed if strides == weight.stride() and packed.device == weight.device else self.masks.packed(name)
 
-    def _fill_masked(self, name: str, weight: Tensor, out: Tensor) -> None:
-        """The value of `masked`; `out` is laid out as `weight`."""
-        combine_one(out, weight, None, self._packed_as(name, weight), live=(1.0, 0.0))
+    def _fill_masked(self, names: Sequence[str], weights: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
+        """`_fill` for the value of `masked`."""
+        combine_layers(outs, weights, [], list(map(self._packed_as, names, weights)), live=(1.0, 0.0))
 
     def _sync_masks(self) -> None:
         """Make `masks` agree with the effective weights, for methods in which they follow from them."""
@@ -255,7 +266,7 @@ class EffectiveSparsifier(Sparsifier):
         for name in self.masks:
             parameter = self.masks.parameter(name)
             parameter.copy_(self.effective(name, parameter))
-        self._shadows, self.memory = {}, Memory()
+        self._shadows, self._ready, self.memory = {}, {}, Memory()
         return super().finalize()
 
 

@@ -41,8 +41,8 @@ class _Movement(Ramped, EffectiveSparsifier):
     def effective(self, name: str, weight: Tensor) -> Tensor:
         return self.masked(name, weight)
 
-    def _fill(self, name: str, weight: Tensor, out: Tensor) -> None:
-        self._fill_masked(name, weight, out)
+    def _fill(self, names: Sequence[str], weights: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
+        self._fill_masked(names, weights, outs)
 
     def _scores(self, name: str) -> Tensor:
         """In the layout and on the device of the weight, which packed masks have."""

@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 from sparsekern.methods.allocation import Allocation
 from sparsekern.methods.effective import EffectiveSparsifier
 from sparsekern.methods.held import Constant
+from sparsekern.methods.layer_calls import combine_layers
 from sparsekern.methods.memory import Memory
-from sparsekern.methods.one_layer import combine_one
 from sparsekern.phases import Dense, Phase, PhaseSchedule, Sparse
 
 
@@ -56,7 +56,7 @@ class _PowerOf(torch.autograd.Function):
         if ctx.alpha != 2:
             size = torch.abs(phi, out=ctx.memory.workspace(phi)).pow_(ctx.alpha - 1)
         result = ctx.memory.gradient(ctx.name, phi)
-        combine_one(result, gradient, size, ctx.kept, live=(0.0, float(ctx.alpha)))
+        combine_layers([result], [gradient], [size], [ctx.kept], live=(0.0, float(ctx.alpha)))
         return result, None, None, None, None, None
 
 
@@ -65,10 +65,12 @@ def power_of(phi: Tensor, theta: Tensor, alpha: float, memory: Memory, name: str
     return _PowerOf.apply(phi, theta, alpha, memory, name, kept)
 
 
-def fill_power(phi: Tensor, alpha: float, out: Tensor, kept: Tensor | None = None) -> None:
-    """Write `power(phi, alpha)` into `out`, laid out alike, where the packed mask `kept` has a bit, else 0."""
-    size = phi if alpha == 2 else torch.abs(phi, out=out).pow_(alpha - 1)
-    combine_one(out, phi, size, kept, live=(0.0, 1.0))
+def fill_power(
+    phis: Sequence[Tensor], alpha: float, outs: Sequence[Tensor], kept: Sequence[Tensor | None]
+) -> None:  # fmt: skip
+    """Write each `power(phi, alpha)` into its `out`, laid out alike, where the packed mask `kept` has a bit, else 0."""
+    sizes = phis if alpha == 2 else [torch.abs(p, out=o).pow_(alpha - 1) for p, o in zip(phis, outs, strict=True)]
+    combine_layers(outs, phis, sizes, kept, live=(0.0, 1.0))
 
 
 def power(phi: Tensor, alpha: float) -> Tensor:
@@ -135,8 +137,10 @@ class Powerpropagation(EffectiveSparsifier):
     def effective(self, name: str, weight: Tensor) -> Tensor:
         return torch.where(self.kept(name, weight), power(weight, self.alpha), 0)
 
-    def _fill(self, name: str, weight: Tensor, out: Tensor) -> None:
-        fill_power(weight, self.alpha, out, self._packed_as(name, weight) if isinstance(self.phase, Sparse) else None)
+    def _fill(self, names: Sequence[str], weights: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
+        sparse = isinstance(self.phase, Sparse)
+        kept = [self._packed_as(n, w) if sparse else None for n, w in zip(names, weights, strict=True)]
+        fill_power(weights, self.alpha, outs, kept)
 
     def _connect(self, name: str, weight: Tensor, value: Tensor) -> Tensor:
         kept = self.masks.packed(name) if isinstance(self.phase, Sparse) else None

@@ -49,8 +49,8 @@ class SRSTE(Repeated, EffectiveSparsifier):
     def effective(self, name: str, weight: Tensor) -> Tensor:
         return self.masked(name, weight)
 
-    def _fill(self, name: str, weight: Tensor, out: Tensor) -> None:
-        self._fill_masked(name, weight, out)
+    def _fill(self, names: Sequence[str], weights: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
+        self._fill_masked(names, weights, outs)
 
     @torch.no_grad()
     def _before_step(self) -> bool:

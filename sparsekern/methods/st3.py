@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparsekern.distributions import check_sparsity
 from sparsekern.methods.effective import EffectiveSparsifier, only_unstructured, straight_through, to_device
-from sparsekern.methods.one_layer import shrink_one
+from sparsekern.methods.layer_calls import shrink_layers
 from sparsekern.methods.repeated import Ramped
 from sparsekern.ops import soft_threshold_, topk_bounds
 from sparsekern.phases import Dense, Phase, Sparse
@@ -106,8 +106,9 @@ class ST3(Ramped, EffectiveSparsifier):
         from_store = weight.detach()
         return straight_through(weight, soft_threshold(from_store, to_device(self.thresholds[name], weight)))
 
-    def _fill(self, name: str, weight: Tensor, out: Tensor) -> None:
-        shrink_one(out, weight, to_device(self.thresholds[name], weight), rescale=True)
+    def _fill(self, names: Sequence[str], weights: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
+        thresholds = [to_device(self.thresholds[n], w) for n, w in zip(names, weights, strict=True)]
+        shrink_layers(outs, weights, thresholds, rescale=True)
 
     def _cause(self, name: str) -> Any:
         return self._changes

@@ -86,8 +86,8 @@ class STEP(EffectiveSparsifier):
     def effective(self, name: str, weight: Tensor) -> Tensor:
         return self.masked(name, weight)
 
-    def _fill(self, name: str, weight: Tensor, out: Tensor) -> None:
-        self._fill_masked(name, weight, out)
+    def _fill(self, names: Sequence[str], weights: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
+        self._fill_masked(names, weights, outs)
 
     def _parameters(self) -> list[nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]

@@ -15,9 +15,9 @@ from torch.autograd.function import once_differentiable
 
 from sparsekern.methods.effective import EffectiveSparsifier, only_unstructured, to_device
 from sparsekern.methods.held import Constant
+from sparsekern.methods.layer_calls import shrink_layers
 from sparsekern.methods.learnables import Learnables, check_number
 from sparsekern.methods.memory import Memory
-from sparsekern.methods.one_layer import shrink_one
 from sparsekern.ops import signed_sums
 from sparsekern.phases import Dense
 
@@ -36,7 +36,7 @@ class _Shrunk(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         (weight,) = ctx.saved_tensors
         result = ctx.memory.gradient(ctx.name, weight)
-        shrink_one(result, weight, ctx.threshold, gradient)
+        shrink_layers([result], [weight], [ctx.threshold], [gradient])
         return result, None, None, None, None
 
 
@@ -83,10 +83,10 @@ class STR(EffectiveSparsifier):
     def effective(self, name: str, weight: Tensor) -> Tensor:
         return weight.sign() * (weight.abs() - self.threshold(name, weight)).relu()
 
-    def _fill(self, name: str, weight: Tensor, out: Tensor) -> None:
+    def _fill(self, names: Sequence[str], weights: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
         # One for both, in as few passes of small tensors as can be.
-        self._present[name] = self.threshold(name, weight)
-        shrink_one(out, weight, self._present[name])
+        self._present.update({n: self.threshold(n, w) for n, w in zip(names, weights, strict=True)})
+        shrink_layers(outs, weights, [self._present[n] for n in names])
 
     def _connect(self, name: str, weight: Tensor, value: Tensor) -> Tensor:
         return _Shrunk.apply(weight, value, self._present[name], self.memory, name)

@@ -109,17 +109,17 @@ class TopKAST(Repeated, EffectiveSparsifier):
         if self.alpha == 1 or self.allocation.pattern == "unstructured":
             return weight  # |theta| of single weights is ordered as |phi|
         theta = self.memory.own(f"{name} before", weight)
-        fill_power(weight, self.alpha, theta)
+        fill_power([weight], self.alpha, [theta], [None])
         return theta
 
     def effective(self, name: str, weight: Tensor) -> Tensor:
         theta = power(weight, self.alpha)
         return straight_through(theta, torch.where(self.kept(name, weight), theta.detach(), 0))
 
-    def _fill(self, name: str, weight: Tensor, out: Tensor) -> None:
+    def _fill(self, names: Sequence[str], weights: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
         if self.alpha == 1:
-            return self._fill_masked(name, weight, out)
-        fill_power(weight, self.alpha, out, self._packed_as(name, weight))
+            return self._fill_masked(names, weights, outs)
+        fill_power(weights, self.alpha, outs, list(map(self._packed_as, names, weights)))
 
     def _connect(self, name: str, weight: Tensor, value: Tensor) -> Tensor:
         if self.alpha == 1:
