@@ -41,8 +41,9 @@ inline bool is_dense(const Tensor& t) {
 inline void check_sgd_lists(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
                             const std::vector<Tensor>& momentum, const std::vector<std::optional<Tensor>>& masks,
                             const Tensor& fresh, double mu, const std::string& momentum_policy,
-                            const std::vector<int64_t>& known_zero) {
+                            const std::vector<int64_t>& known_zero, const std::vector<std::optional<Tensor>>& inner) {
   const size_t count = params.size();
+  STD_TORCH_CHECK(inner.empty() || inner.size() == count, "masked_sgd_: inner must be empty or match params");
   STD_TORCH_CHECK(grads.size() == count && masks.size() == count && fresh.numel() == static_cast<int64_t>(count),
                   "masked_sgd_: params, grads, masks and fresh must have one entry per parameter");
   STD_TORCH_CHECK(mu == 0 || momentum.size() == count, "masked_sgd_: momentum must have one entry per parameter");

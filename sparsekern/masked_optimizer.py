@@ -149,8 +149,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
     def _place_counts(self, bucket: Bucket) -> None:
         """`bucket.counts` is new, or moved to another device."""
 
-    def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
-        """The operator's keyword arguments."""
+    def _hyper(self, group: dict[str, Any], params: list[Tensor]) -> dict[str, Any]:
+        """The operator's keyword arguments for these parameters."""
         raise NotImplementedError
 
     def _keeps_zero(self) -> bool:
@@ -235,7 +235,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     def _step_bucket(self, group: dict[str, Any], bucket: Bucket, grads: list[Tensor]) -> None:
         params = bucket.params
-        hyper = self._hyper(group)
+        hyper = self._hyper(group, params)
         if params[0].device != bucket.counts.device:  # the whole model was moved
             bucket.counts = bucket.counts.to(params[0].device)
             self._place_counts(bucket)

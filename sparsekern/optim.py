@@ -35,6 +35,7 @@ class MaskedSGD(MaskedOptimizer):
     _op = staticmethod(MASKED_SGD)
     # On the device: 1 until the first real step. Only the kernel knows whether GradScaler's step was one.
     _count_name, _count_dtype = "fresh", torch.uint8
+    _inner: tuple[MaskSet, float, float] | None = None
 
     def __init__(
         self,
@@ -64,6 +65,14 @@ class MaskedSGD(MaskedOptimizer):
         super().__init__(params, defaults, masks)
         self.momentum_policy = momentum_policy
 
+    def set_inner_decay(self, masks: MaskSet | None, inside: float = 0.0, outside: float = 0.0) -> None:
+        """Add to the weight decay of parameters of `masks`: `inside` where their masks keep, `outside` elsewhere.
+
+        None ends it. Masks of the optimizer hold as before: what they prune has no weight decay.
+        """
+        check_hyper(inside=inside, outside=outside)
+        self._inner = None if masks is None else (masks, float(inside), float(outside))
+
     def _forget(self) -> None:
         super()._forget()
         self._fresh: dict[Tensor, Tensor] = {}  # the flags of buckets that are gone, unread
@@ -85,12 +94,20 @@ class MaskedSGD(MaskedOptimizer):
         if bucket.names and not bucket.surely_stepped:
             self._fresh.update(zip(bucket.params, bucket.counts.unbind(), strict=True))
 
-    def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
+    def _hyper(self, group: dict[str, Any], params: list[Tensor]) -> dict[str, Any]:
         return dict(
             lr=float(group["lr"]), mu=float(group["momentum"]), dampening=float(group["dampening"]),
             nesterov=group["nesterov"], weight_decay=float(group["weight_decay"]), maximize=group["maximize"],
-            momentum_policy=self.momentum_policy,
+            momentum_policy=self.momentum_policy, **self._inner_decay(params, group),
         )  # fmt: skip
+
+    def _inner_decay(self, params: list[Tensor], group: dict[str, Any]) -> dict[str, Any]:
+        if self._inner is None:
+            return {"inner": []}
+        masks, inside, outside = self._inner
+        decay = float(group["weight_decay"])
+        packed = [masks.packed_for(p) for p in params]
+        return {"inner": packed, "inner_decay": decay + inside, "outer_decay": decay + outside}
 
     def _keeps_zero(self) -> bool:
         return self.momentum_policy == "mask"
@@ -113,7 +130,7 @@ class MaskedSGD(MaskedOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle()
-        return {**super().__getstate__(), "momentum_policy": self.momentum_policy}
+        return {**super().__getstate__(), "momentum_policy": self.momentum_policy, "_inner": self._inner}
 
 
 class MaskedAdamW(MaskedOptimizer):
@@ -181,7 +198,7 @@ class MaskedAdamW(MaskedOptimizer):
         for state, step in zip(bucket.states, bucket.counts.unbind(), strict=True):
             state["step"] = step
 
-    def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
+    def _hyper(self, group: dict[str, Any], params: list[Tensor]) -> dict[str, Any]:
         self._check_group(group)
         beta1, beta2 = group["betas"]
         return dict(

@@ -27,6 +27,7 @@ def call(request):
         ({"momentum": []}, "momentum must have one entry"),
         ({"masks": [None]}, "masks"),
         ({"fresh": BITS}, "fresh"),
+        ({"inner": [None]}, "inner"),
         ({"known_zero": [1]}, "known_zero"),
         ({"known_zero": [1, 1], "momentum_policy": "decay"}, "known_zero"),
         ({"momentum_policy": "drop"}, "momentum_policy must be one of .*, got 'drop'"),
@@ -36,7 +37,7 @@ def test_masked_sgd(call, changes, message):
     operands = {"params": TWO, "grads": [ONE, ONE], "momentum": TWO, "masks": NO_MASKS, "fresh": FRESH}
     hyper = dict(lr=0.1, mu=0.9, dampening=0.0, weight_decay=0.0, nesterov=False, maximize=False)
     with pytest.raises((ValueError, RuntimeError), match=message):
-        call("masked_sgd_", **{**operands, **hyper, "momentum_policy": "mask", **changes})
+        call("masked_sgd_", **{**operands, **hyper, "momentum_policy": "mask", "inner": [], **changes})
     assert all(t.eq(1).all() for t in TWO)
 
 
@@ -137,7 +138,7 @@ def test_masked_steps_write_nothing_outside_a_parameter(view):
     with pytest.raises(RuntimeError, match=r"params\[0\] must fill its memory"):
         OPERATORS.masked_sgd_(
             [w], rest, rest, [None], BITS, lr=0.1, mu=0.9, dampening=0.0, weight_decay=0.0, nesterov=False,
-            maximize=False, momentum_policy="mask",
+            maximize=False, momentum_policy="mask", inner=[],
         )  # fmt: skip
     with pytest.raises(RuntimeError, match=r"params\[0\] must fill its memory"):
         OPERATORS.masked_adamw_(

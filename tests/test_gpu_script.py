@@ -87,7 +87,7 @@ def test_operands_are_moved_and_what_is_written_comes_back():
         call = device_cuda.moved(torch.ops.sparsekern.masked_sgd_.default, torch.clone)
         w, v, fresh = torch.ones(40), torch.zeros(40), torch.ones(1, dtype=torch.uint8)
         hyper = dict(lr=0.5, mu=0.9, dampening=0.0, weight_decay=0.0, nesterov=False, maximize=False)
-        call([w], [torch.ones(40)], [v], [None], fresh, **hyper, momentum_policy="mask")
+        call([w], [torch.ones(40)], [v], [None], fresh, **hyper, momentum_policy="mask", inner=[])
         assert w.eq(0.5).all() and v.eq(1).all() and not fresh.any()
         choose = device_cuda.moved(torch.ops.sparsekern.topk_mask.default, torch.clone)
         masks, status = choose([torch.arange(8.0)], [2], True, "unstructured", True, [])

@@ -18,7 +18,17 @@ torch_has_fma = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "NO A
 def step(backend, *args, lr=0.1, mu=0.0, dampening=0.0, weight_decay=0.0, nesterov=False, maximize=False, **rest):
     run = sk.ops.masked_sgd_.reference if backend == "reference" else sk.ops.masked_sgd_
     hyper = dict(lr=lr, mu=mu, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, maximize=maximize)
-    run(*args, **hyper, **{"momentum_policy": "mask", **rest})
+    run(*args, **hyper, **more(args[0], rest))
+
+
+def more(params, options):
+    """What the operator asks for beside numbers; with two weight decays: each by random masks, but one parameter."""
+    inner = []
+    if "inner_decay" in options:
+        g = torch.Generator().manual_seed(1)
+        inner = [sk.ops.pack_mask(torch.empty_like(p).float().uniform_(generator=g) < 0.5) for p in params]
+        inner[len(params) // 2] = None
+    return {"momentum_policy": "mask", "inner": inner, **options}
 
 
 def problem(dtype, density=0.3, sizes=SIZES, seed=0):
@@ -41,6 +51,8 @@ OPTIONS = [
     dict(mu=0.9, grad_scale=torch.tensor(3.0)),
     dict(weight_decay=0.1, maximize=True, found_inf=torch.tensor(0.0)),
     dict(mu=0.9, found_inf=torch.tensor(1.0)),
+    dict(mu=0.9, weight_decay=0.01, momentum_policy="freeze", inner_decay=0.5, outer_decay=0.1),
+    dict(maximize=True, grad_scale=torch.tensor(3.0), inner_decay=0.0, outer_decay=0.3),
 ]
 
 
@@ -165,11 +177,22 @@ def test_layouts_equal_contiguous(native, layout):
     torch.testing.assert_close([got[0], got[2]], [want[0], want[2]], rtol=0, atol=0)
 
 
+def test_two_weight_decays_by_hand(backend):
+    """Inside 8 + 0.5 * 8, outside 8 + 0.25 * 8, pruned nothing, and one decay for all of the second parameter."""
+    params, grads = [torch.full((4,), 8.0) for _ in range(2)], [torch.full((4,), 8.0) for _ in range(2)]
+    masks, inner = ([sk.ops.pack_mask(torch.tensor(m)), None] for m in ([True, True, False, True], [True, False] * 2))
+    fresh, decays = torch.zeros(2, dtype=torch.uint8), dict(weight_decay=1.0, inner_decay=0.5, outer_decay=0.25)
+    run = sk.ops.masked_sgd_.reference if backend == "reference" else sk.ops.masked_sgd_
+    rest = dict(mu=0.0, dampening=0.0, nesterov=False, maximize=False, momentum_policy="freeze", inner=inner)
+    run(params, grads, [], masks, fresh, lr=0.25, **rest, **decays)
+    assert [p.tolist() for p in params] == [[5.0, 5.5, 8.0, 5.5], [4.0] * 4]
+
+
 def test_opcheck_every_sample():
     for dtype, options in itertools.product(DTYPES, OPTIONS):
         hyper = dict(lr=0.1, mu=0.0, dampening=0.0, weight_decay=0.0, nesterov=False, maximize=False)
         args = problem(dtype, sizes=[1, 17, 40, 3])
-        torch.library.opcheck(torch.ops.sparsekern.masked_sgd_, args, {**hyper, "momentum_policy": "mask", **options})
+        torch.library.opcheck(torch.ops.sparsekern.masked_sgd_, args, {**hyper, **more(args[0], options)})
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -237,6 +260,8 @@ def test_version_counters_are_bumped():
         (dict(grads=[torch.ones(4).to_sparse()]), r"grads\[0\] must be dense"),
         (dict(params=[torch.ones(4, device="meta")]), r"params\[0\] must be on cpu like fresh, got meta"),
         (dict(known_zero=[]), "known_zero must be None or hold 1 bools"),
+        (dict(inner=[None, None]), "inner must have one entry for each of the 1 params, got 2"),
+        (dict(inner=[torch.zeros(2).byte()]), r"inner\[0\] must be contiguous uint8 of shape \(1,\)"),
         (dict(known_zero=[True], momentum_policy="decay"), "known_zero must be None under momentum_policy 'decay'"),
     ],
 )
@@ -250,7 +275,7 @@ def test_bad_input_is_named_and_changes_nothing(change, message):
         sk.ops.masked_sgd_(**{**args, "params": [torch.ones(4, dtype=torch.int32)], "grads": [torch.ones(4)],
                               "masks": [None], "fresh": torch.zeros(1).byte(), "nesterov": False,
                               "momentum_policy": "mask", "grad_scale": None, "found_inf": None,
-                              "known_zero": None})  # fmt: skip
+                              "known_zero": None, "inner": ()})  # fmt: skip
 
 
 def test_overlapping_memory_is_refused():

@@ -18,10 +18,11 @@ constexpr char kOp[] = "masked_sgd_";
 void masked_sgd_cpu(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> momentum,
                     std::vector<std::optional<Tensor>> masks, Tensor fresh, double lr, double mu, double dampening,
                     double weight_decay, bool nesterov, bool maximize, std::string momentum_policy,
-                    std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
-                    std::vector<int64_t> known_zero) {
+                    std::vector<std::optional<Tensor>> inner, std::optional<Tensor> grad_scale,
+                    std::optional<Tensor> found_inf, std::vector<int64_t> known_zero, double inner_decay,
+                    double outer_decay) {
   const size_t count = params.size();
-  check_sgd_lists(params, grads, momentum, masks, fresh, mu, momentum_policy, known_zero);
+  check_sgd_lists(params, grads, momentum, masks, fresh, mu, momentum_policy, known_zero, inner);
   uint8_t* const is_fresh = fresh.mutable_data_ptr<uint8_t>();
 
   std::vector<SgdTensor> tensors(count);
@@ -34,6 +35,7 @@ void masked_sgd_cpu(std::vector<Tensor> params, std::vector<Tensor> grads, std::
                   grads[i].const_data_ptr(),
                   mu == 0 ? nullptr : momentum[i].mutable_data_ptr(),
                   step_mask(kOp, p, masks[i], i),
+                  inner.empty() ? nullptr : step_mask(kOp, p, inner[i], i),
                   dtype_of(kOp, p),
                   is_fresh[i] != 0,
                   !known_zero.empty() && known_zero[i] != 0};
@@ -44,6 +46,8 @@ void masked_sgd_cpu(std::vector<Tensor> params, std::vector<Tensor> grads, std::
                            mu,
                            1 - dampening,
                            weight_decay,
+                           inner_decay,
+                           outer_decay,
                            grad_scale ? step_scalar(kOp, *grad_scale) : 1,
                            nesterov,
                            maximize,

@@ -20,6 +20,7 @@ struct StepTensor {
   const void* grad;
   void* state[2];
   const uint8_t* mask;
+  const uint8_t* inner;  // null where the weight decay is the same everywhere
   int64_t size;
   uint32_t first_block;  // of the launch, set by it
   uint32_t index : 30;
@@ -29,11 +30,11 @@ struct StepTensor {
 
 // In double; each kernel rounds them once to its compute type.
 struct SgdStep {
-  double negative_lr, mu, one_minus_dampening, weight_decay;
+  double negative_lr, mu, one_minus_dampening, weight_decay, inner_decay, outer_decay;
   bool nesterov, maximize, keep_pruned_momentum, freeze_pruned;
 };
 
-// One launch per 500 tensors of one type, and one that clears `fresh`, which has `count` entries.
+// One launch per 490 tensors of one type, and one that clears `fresh`, which has `count` entries.
 int masked_sgd(Dtype dtype, StepTensor* tensors, int64_t count, const SgdStep& step, const uint8_t* fresh,
                DeviceScalar grad_scale, DeviceScalar found_inf, void* stream);
 int clear_fresh(uint8_t* fresh, int64_t count, DeviceScalar found_inf, void* stream);

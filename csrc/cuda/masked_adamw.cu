@@ -23,17 +23,17 @@ struct AdamwUpdate {
   C weight, beta2, rest2, eps, shrink, scale, negative_step_size, correction;
   DeviceScalar grad_scale;
   const Rates* rates;
-  static constexpr bool freeze_pruned = false;
+  static constexpr bool freeze_pruned = false, kInner = false;
   bool near, decays, maximize;
 
-  __device__ void prepare(uint32_t index) {
-    negative_step_size = static_cast<C>(rates[index].negative_step_size);
-    correction = static_cast<C>(rates[index].correction);
+  __device__ void prepare(const StepTensor& t) {
+    negative_step_size = static_cast<C>(rates[t.index].negative_step_size);
+    correction = static_cast<C>(rates[t.index].correction);
     if (grad_scale.at) scale = static_cast<C>(read(grad_scale));
   }
 
   // `p` and `g` of what is pruned are 0 already.
-  __device__ __forceinline__ void operator()(C& p, C g, C (&state)[2], bool keep) const {
+  __device__ __forceinline__ void operator()(C& p, C g, C (&state)[2], bool keep, bool) const {
     C m = keep ? state[0] : C(0), v = keep ? state[1] : C(0);
     if (grad_scale.at) g = g / scale;
     if (maximize) g = -g;

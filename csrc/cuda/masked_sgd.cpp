@@ -14,16 +14,18 @@ constexpr char kOp[] = "masked_sgd_";
 void masked_sgd_cuda(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> momentum,
                      std::vector<std::optional<Tensor>> masks, Tensor fresh, double lr, double mu, double dampening,
                      double weight_decay, bool nesterov, bool maximize, std::string momentum_policy,
-                     std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
-                     std::vector<int64_t> known_zero) {
+                     std::vector<std::optional<Tensor>> inner, std::optional<Tensor> grad_scale,
+                     std::optional<Tensor> found_inf, std::vector<int64_t> known_zero, double inner_decay,
+                     double outer_decay) {
   const size_t count = params.size();
-  check_sgd_lists(params, grads, momentum, masks, fresh, mu, momentum_policy, known_zero);
+  check_sgd_lists(params, grads, momentum, masks, fresh, mu, momentum_policy, known_zero, inner);
   STD_TORCH_CHECK(on_device(fresh), "masked_sgd_: fresh must be on the device of params");
   StepLists lists;
   for (size_t i = 0; i < count; ++i) {
     if (mu != 0) check_step_operand(kOp, "momentum", params, momentum, i);
     StepTensor& t = lists.add(kOp, params, grads, masks, i);
     t.state[0] = mu == 0 ? nullptr : momentum[i].mutable_data_ptr();
+    t.inner = inner.empty() ? nullptr : step_mask(kOp, params[i], inner[i], i);
     t.known_zero = !known_zero.empty() && known_zero[i] != 0;
   }
   if (count == 0) return;
@@ -33,6 +35,8 @@ void masked_sgd_cuda(std::vector<Tensor> params, std::vector<Tensor> grads, std:
                      mu,
                      1 - dampening,
                      weight_decay,
+                     inner_decay,
+                     outer_decay,
                      nesterov,
                      maximize,
                      momentum_policy == "decay",

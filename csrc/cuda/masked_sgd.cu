@@ -6,21 +6,24 @@ namespace {
 
 template <class C>
 struct SgdUpdate {
-  C negative_lr, mu, decay, gain, scale;
+  static constexpr bool kInner = true;
+  C negative_lr, mu, decay, inner_decay, outer_decay, gain, scale;
   DeviceScalar grad_scale;
   const uint8_t* fresh;
-  bool nesterov, maximize, keep_pruned_momentum, freeze_pruned, first;
+  bool nesterov, maximize, keep_pruned_momentum, freeze_pruned, first, decays;
 
-  __device__ void prepare(uint32_t index) {
-    first = fresh[index];
+  __device__ void prepare(const StepTensor& t) {
+    first = fresh[t.index];
+    decays = t.inner || decay != 0;
+    if (!t.inner) inner_decay = outer_decay = decay;
     if (grad_scale.at) scale = static_cast<C>(read(grad_scale));
   }
 
   // `p` and `g` of what is pruned are 0 already.
-  __device__ __forceinline__ void operator()(C& p, C g, C (&state)[1], bool keep) const {
+  __device__ __forceinline__ void operator()(C& p, C g, C (&state)[1], bool keep, bool inner) const {
     if (grad_scale.at) g = g / scale;
     if (maximize) g = -g;
-    if (decay != 0) g = fma(decay, p, g);
+    if (decays) g = fma(inner ? inner_decay : outer_decay, p, g);
     C u = g;
     if (mu != 0) {
       C v = first ? g : fma(gain, g, mu * state[0]);
@@ -36,9 +39,19 @@ template <class S>
 int sgd_typed(StepTensor* tensors, int64_t count, const SgdStep& o, const uint8_t* fresh, DeviceScalar grad_scale,
               DeviceScalar found_inf, void* stream) {
   using C = typename ComputeOf<S>::type;
-  const SgdUpdate<C> update{
-      C(o.negative_lr), C(o.mu),    C(o.weight_decay),      C(o.one_minus_dampening), C(1), grad_scale, fresh,
-      o.nesterov,       o.maximize, o.keep_pruned_momentum, o.freeze_pruned,          false};
+  SgdUpdate<C> update{};
+  update.negative_lr = C(o.negative_lr);
+  update.mu = C(o.mu);
+  update.decay = C(o.weight_decay);
+  update.inner_decay = C(o.inner_decay);
+  update.outer_decay = C(o.outer_decay);
+  update.gain = C(o.one_minus_dampening);
+  update.grad_scale = grad_scale;
+  update.fresh = fresh;
+  update.nesterov = o.nesterov;
+  update.maximize = o.maximize;
+  update.keep_pruned_momentum = o.keep_pruned_momentum;
+  update.freeze_pruned = o.freeze_pruned;
   return o.mu != 0 ? launch_step<S, 1, 1>(tensors, count, update, found_inf, stream)
                    : launch_step<S, 1, 0>(tensors, count, update, found_inf, stream);
 }

@@ -10,7 +10,7 @@
 namespace sparsekern::cuda {
 namespace {
 
-constexpr int kStepThreads = 256, kStepVectors = 2, kStepTensors = 500;
+constexpr int kStepThreads = 256, kStepVectors = 2, kStepTensors = 490;
 
 template <class S>
 constexpr int kStepLanes = 16 / sizeof(S);
@@ -34,12 +34,13 @@ struct alignas(16) Pack {
 
 // One element through `update`, which computes in its own type. `freeze_pruned`: what is pruned stays in memory.
 template <class S, int kStates, class Update>
-__device__ __forceinline__ void step_element(const Update& update, S& param, S grad, S (&state)[kStates], bool keep) {
+__device__ __forceinline__ void step_element(const Update& update, S& param, S grad, S (&state)[kStates], bool keep,
+                                             bool inner) {
   using C = typename ComputeOf<S>::type;
   C p = keep ? widen(param) : C(0), s[kStates];
   const C g = keep ? widen(grad) : C(0);
   for (int k = 0; k < kStates; ++k) s[k] = widen(state[k]);
-  update(p, g, s, keep);
+  update(p, g, s, keep, inner);
   if (keep || !update.freeze_pruned) narrow(keep ? p : C(0), param);
   for (int k = 0; k < kStates; ++k) narrow(s[k], state[k]);
 }
@@ -51,10 +52,11 @@ __device__ void step_elements(const StepTensor& t, int64_t begin, int64_t end, c
   for (int64_t i = begin + threadIdx.x; i < end; i += kStepThreads) {
     const bool keep = !t.mask || t.mask[i >> 3] >> (i & 7) & 1;
     if (t.known_zero && !keep) continue;
+    const bool inner = Update::kInner && t.inner && t.inner[i >> 3] >> (i & 7) & 1;
     S state[kStates];
     for (int k = 0; k < kStored; ++k) state[k] = static_cast<const S*>(t.state[k])[i];
     for (int k = kStored; k < kStates; ++k) narrow(0, state[k]);
-    step_element(update, param[i], static_cast<const S*>(t.grad)[i], state, keep);
+    step_element(update, param[i], static_cast<const S*>(t.grad)[i], state, keep, inner);
     for (int k = 0; k < kStored; ++k) static_cast<S*>(t.state[k])[i] = state[k];
   }
 }
@@ -65,7 +67,7 @@ __device__ void step_chunk(const StepTensor& t, int64_t begin, const Update& upd
   constexpr int kLanes = kStepLanes<S>;
   constexpr uint32_t kAll = (1u << kLanes) - 1;
   Pack<S> param[kStepVectors], grad[kStepVectors], state[kStates][kStepVectors];
-  uint32_t bits[kStepVectors];
+  uint32_t bits[kStepVectors], inner[kStepVectors] = {};
   const auto at = [&](const void* base, int j) {
     return static_cast<const Pack<S>*>(base) + begin / kLanes + j * kStepThreads + threadIdx.x;
   };
@@ -73,6 +75,7 @@ __device__ void step_chunk(const StepTensor& t, int64_t begin, const Update& upd
   for (int j = 0; j < kStepVectors; ++j) {
     const int64_t i = begin + (j * kStepThreads + threadIdx.x) * int64_t{kLanes};
     bits[j] = t.mask ? t.mask[i >> 3] >> (i & 7) & kAll : kAll;
+    if (Update::kInner && t.inner) inner[j] = t.inner[i >> 3] >> (i & 7);
   }
 #pragma unroll
   for (int j = 0; j < kStepVectors; ++j) {
@@ -90,7 +93,7 @@ __device__ void step_chunk(const StepTensor& t, int64_t begin, const Update& upd
       S s[kStates];
       for (int k = 0; k < kStored; ++k) s[k] = state[k][j].lane[l];
       for (int k = kStored; k < kStates; ++k) narrow(0, s[k]);
-      step_element(update, param[j].lane[l], grad[j].lane[l], s, bits[j] >> l & 1);
+      step_element(update, param[j].lane[l], grad[j].lane[l], s, bits[j] >> l & 1, inner[j] >> l & 1);
       for (int k = 0; k < kStored; ++k) state[k][j].lane[l] = s[k];
     }
     *const_cast<Pack<S>*>(at(t.param, j)) = param[j];
@@ -109,14 +112,14 @@ __device__ __forceinline__ const StepTensor& step_tensor(const StepBatch& batch)
   return batch.tensors[low];
 }
 
-// `update.prepare(index)` reads what one tensor has of its own. kStored of kStates states are in memory.
+// `update.prepare(t)` reads what one tensor has of its own; kInner: it may have two weight decays. kStored of kStates states are in memory.
 template <class S, int kStates, int kStored, class Update>
 __global__ void __launch_bounds__(kStepThreads, kStates == 2 ? 2 : 3)
     step_kernel(const __grid_constant__ StepBatch batch, Update update, const DeviceScalar found_inf) {
   if (found_inf.at && read(found_inf) != 0) return;
   const StepTensor& t = step_tensor(batch);
   const int64_t begin = int64_t{blockIdx.x - t.first_block} * kStepChunk<S>, end = begin + kStepChunk<S>;
-  update.prepare(t.index);
+  update.prepare(t);
   if (t.aligned && end <= t.size) {
     step_chunk<S, kStates, kStored>(t, begin, update);
   } else {

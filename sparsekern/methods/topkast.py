@@ -80,17 +80,25 @@ class TopKAST(Repeated, EffectiveSparsifier):
 
     def _register(self) -> None:
         super()._register()
-        # MaskedSGD freezes by itself. For other optimizers weights are put back after the step.
+        # MaskedSGD freezes and penalises by itself. For other optimizers gradients get the penalty before the step, and
+        # weights are put back after it.
         self._freezes = isinstance(self.optimizer, MaskedSGD)
         if self._freezes:
             self._policy, self.optimizer.momentum_policy = self.optimizer.momentum_policy, "freeze"
             self.optimizer.set_masks(self.backward_masks)
+            if self.penalty:
+                self.optimizer.set_inner_decay(self.masks, *self._penalties())
+
+    def _penalties(self) -> tuple[float, float]:
+        """The factors of weights in A, which count 1, and in B without A, which count 1 / D."""
+        return self.penalty, self.penalty / (1 - self.sparsity)
 
     def finalize(self) -> nn.Module:
         model = super().finalize()
         if self._freezes:
             self.optimizer.momentum_policy = self._policy
             self.optimizer.set_masks({})
+            self.optimizer.set_inner_decay(None)
         return model
 
     def timeline(self) -> str:
@@ -128,15 +136,14 @@ class TopKAST(Repeated, EffectiveSparsifier):
 
     @torch.no_grad()
     def _before_step(self) -> bool:
-        names, weights, gradients = self._gradients()
-        # A weight in A counts 1, one in B without A counts 1 / D.
-        live, pruned = (1.0, self.penalty), (1.0, self.penalty / (1 - self.sparsity))
-        self._combine(
-            gradients, gradients, weights, self.masks, names, scaled=True, within=self.backward_masks, live=live,
-            pruned=pruned,
-        )  # fmt: skip
         if self._freezes:
             return False
+        names, weights, gradients = self._gradients()
+        inside, outside = self._penalties()
+        self._combine(
+            gradients, gradients, weights, self.masks, names, scaled=True, within=self.backward_masks,
+            live=(1.0, inside), pruned=(1.0, outside),
+        )  # fmt: skip
         self._moving = names, weights
         self._frozen = [self.memory.own(f"{n} before", w).copy_(w) for n, w in zip(names, weights, strict=True)]
         return False

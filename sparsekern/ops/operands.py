@@ -101,6 +101,7 @@ def check_operands(
     counts: Counts,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    inner: Sequence[Tensor | None] = (),
 ) -> None:
     """Raise ValueError or TypeError, naming the argument, unless operands that `check_lengths` has seen are what a
     masked step asks for.
@@ -114,6 +115,7 @@ def check_operands(
     for i, param in enumerate(params):
         operands = {f"{name}[{i}]": values[i] for name, values in {"grads": grads, **buffers}.items()}
         check_entry("params", i, param, entries.device, operands, masks[i], f"like {label}")
+        check_mask(f"inner[{i}]", inner[i] if inner else None, param)
     scalars = {name: t for name, t in (("grad_scale", grad_scale), ("found_inf", found_inf)) if t is not None}
     for name, t in scalars.items():
         check_scalar(name, t, entries.device)
@@ -122,6 +124,7 @@ def check_operands(
         {
             "grads": grads,
             "masks": [m for m in masks if m is not None],
+            "inner": [m for m in inner if m is not None],
             "grad_scale, found_inf": list(scalars.values()),
         },
     )

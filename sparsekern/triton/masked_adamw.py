@@ -47,7 +47,7 @@ def masked_adamw(
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Program i updates one block of one tensor: row i of blocks says which. Scalars arrive as `double_bits`."""
-    p_ptr, g_ptr, mask_ptr, m_ptr, v_ptr, start, n, place = read_row(table_ptr, blocks_ptr, BLOCK, TYPE, ALIGNED)
+    p_ptr, g_ptr, mask_ptr, m_ptr, v_ptr, _, start, n, place = read_row(table_ptr, blocks_ptr, BLOCK, TYPE, ALIGNED)
     rate = tl.load(corrections_ptr + 2 * place).to(COMPUTE)
     correction = tl.load(corrections_ptr + 2 * place + 1).to(COMPUTE)
     beta1, new1 = number(beta1, COMPUTE), number(new1, COMPUTE)

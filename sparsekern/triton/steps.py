@@ -22,15 +22,15 @@ if INTERPRETED.value:
     CONFIGURATIONS = dict.fromkeys(CONFIGURATIONS, (1 << 14, 1))  # a program costs milliseconds there
 KEPT_TABLES = 16
 tables: dict[Any, tuple[Tensor, Tensor]] = {}
-_COLUMNS = tl.constexpr(7)
-"""Of a table: addresses of parameter, gradient, mask (0: none) and up to two states; number of elements; the place of
-the parameter in the lists."""
+_COLUMNS = tl.constexpr(8)
+"""Of a table: addresses of parameter, gradient, mask (0: none), up to two states and the mask that chooses between two
+weight decays (0: none); number of elements; the place of the parameter in the lists."""
 
 
 @triton.jit
 def read_row(table_ptr, blocks_ptr, BLOCK: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Of this program's block: pointers to parameter, gradient, mask and two states, first element, number of elements
-    of the tensor, and its place in the lists."""
+    """Of this program's block: pointers to parameter, gradient, mask, two states and the second mask, first element,
+    number of elements of the tensor, and its place in the lists."""
     row = table_ptr + tl.load(blocks_ptr + 2 * tl.program_id(0)).to(tl.int64) * _COLUMNS
     start = tl.load(blocks_ptr + 2 * tl.program_id(0) + 1).to(tl.int64) * BLOCK
     p_ptr = tl.load(row).to(tl.pointer_type(TYPE))
@@ -38,10 +38,11 @@ def read_row(table_ptr, blocks_ptr, BLOCK: tl.constexpr, TYPE: tl.constexpr, ALI
     mask_ptr = tl.load(row + 2).to(tl.pointer_type(tl.uint8))
     s_ptr = tl.load(row + 3).to(tl.pointer_type(TYPE))
     t_ptr = tl.load(row + 4).to(tl.pointer_type(TYPE))
+    inner_ptr = tl.load(row + 5).to(tl.pointer_type(tl.uint8))
     if ALIGNED:
         p_ptr, g_ptr = tl.multiple_of(p_ptr, 16), tl.multiple_of(g_ptr, 16)
         s_ptr, t_ptr = tl.multiple_of(s_ptr, 16), tl.multiple_of(t_ptr, 16)
-    return p_ptr, g_ptr, mask_ptr, s_ptr, t_ptr, start, tl.load(row + 5), tl.load(row + 6)
+    return p_ptr, g_ptr, mask_ptr, s_ptr, t_ptr, inner_ptr, start, tl.load(row + 6), tl.load(row + 7)
 
 
 @triton.jit
@@ -83,6 +84,7 @@ class Launch:
 def launches(
     params: Sequence[Tensor], grads: Sequence[Tensor], states: Mapping[str, Sequence[Tensor]],
     masks: Sequence[Tensor | None], counts: Counts, grad_scale: Tensor | None, found_inf: Tensor | None,
+    inner: Sequence[Tensor | None] = (),
 ) -> Iterator[Launch]:  # fmt: skip
     """The launches of a step on operands whose lists fit each other. Raises as `check_operands`, and for operands whose
     memory the kernels cannot walk, when the operands are not where they were before."""
@@ -92,10 +94,11 @@ def launches(
             by_dtype.setdefault(p.dtype, []).append(i)
     for dtype, chosen in by_dtype.items():
         block, warps = CONFIGURATIONS[dtype.itemsize]
-        operands = [params, grads, masks, *states.values()]
+        nothing = [None] * len(params)
+        operands = [params, grads, masks, *[*states.values(), nothing, nothing][:2], inner or nothing]
         key = (counts[1].device, block, tuple(chosen), *(tuple(_place(t[i]) for i in chosen) for t in operands))
         if key not in tables:
-            check_operands(params, grads, states, masks, counts, grad_scale, found_inf)
+            check_operands(params, grads, states, masks, counts, grad_scale, found_inf, inner)
             _check_layouts(params, {"grads": grads, **states})
             if len(tables) >= KEPT_TABLES:
                 tables.pop(next(iter(tables)))
@@ -127,8 +130,7 @@ def _make_table(
     operands: Sequence[Sequence[Tensor | None]], chosen: Sequence[int], block: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """The table of the ``chosen`` parameters, and of each program: (row of the table, block of that tensor)."""
-    columns = [*operands, *[[None] * len(operands[0])] * (5 - len(operands))]
-    rows = [[0 if t[i] is None else t[i].data_ptr() for t in columns] for i in chosen]
+    rows = [[0 if t[i] is None else t[i].data_ptr() for t in operands] for i in chosen]
     sizes = [operands[0][i].numel() for i in chosen]
     rows = [[*row, n, i] for row, n, i in zip(rows, sizes, chosen, strict=True)]
     blocks = [[r, b] for r, n in enumerate(sizes) for b in range(triton.cdiv(n, block))]

@@ -45,11 +45,11 @@ Bytes step(Dtype dtype, bool adam, bool zero, float found_inf) {
     auto param = stored<S>(normal(n)), grad = stored<S>(normal(n)), first = stored<S>(normal(n));
     auto second = stored<S>(Floats(n, 0.5f));
     Floats counts{3};
-    std::vector<uint8_t> mask((n + 7) / 8, 0x5A), fresh{1};
+    std::vector<uint8_t> mask((n + 7) / 8, 0x5A), inner((n + 7) / 8, 0x32), fresh{1};
     for (size_t i = 1; i < mask.size(); i += 3) mask[i] = 0;
     std::vector<double> rates(2);
     const std::vector<S> before = param;
-    StepTensor t{param.data(), grad.data(), {first.data(), second.data()}, mask.data(), int64_t(n), 0, 0, 0, 0};
+    StepTensor t{param.data(), grad.data(), {first.data(), second.data()}, mask.data(), inner.data(), int64_t(n), 0, 0, 0, 0};
     t.known_zero = zero;
     std::vector<S>* const all[] = {&param, &grad, &first, &second};
     for (auto* const values : all) forbid(*values, mask, zero);
@@ -58,7 +58,7 @@ Bytes step(Dtype dtype, bool adam, bool zero, float found_inf) {
       adamw_rates(counts.data(), 1, rule, rates.data(), inf, nullptr);
       masked_adamw(dtype, &t, 1, rule, rates.data(), grad_scale, inf, nullptr);
     } else {
-      const SgdStep rule{-0.1, 0.9, 1, 0.01, false, false, false};
+      const SgdStep rule{-0.1, 0.9, 1, 0.01, 0.02, 0.03, false, false, false, false};
       masked_sgd(dtype, &t, 1, rule, fresh.data(), grad_scale, inf, nullptr);
       clear_fresh(fresh.data(), 1, inf, nullptr);
     }

@@ -11,20 +11,22 @@ struct BFloat16 {
 
 enum class Dtype : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
-// One parameter of masked_sgd_. `mask` is null for a dense parameter, `momentum` is null when mu is 0. `known_zero`:
-// pruned elements of both are zero already, so those that nothing live is near need not be touched.
+// One parameter of masked_sgd_. `mask` is null for a dense parameter, `momentum` is null when mu is 0, `inner` where
+// the weight decay is the same everywhere. `known_zero`: pruned elements of both are zero already, so those that nothing
+// live is near need not be touched.
 struct SgdTensor {
   void* param;
   const void* grad;
   void* momentum;
   const uint8_t* mask;
+  const uint8_t* inner;
   Dtype dtype;
   bool fresh, known_zero;
 };
 
 // Already combined in double; each kernel rounds them once to its compute type.
 struct SgdOptions {
-  double negative_lr, mu, one_minus_dampening, weight_decay, grad_scale;
+  double negative_lr, mu, one_minus_dampening, weight_decay, inner_decay, outer_decay, grad_scale;
   bool nesterov, maximize, keep_pruned_momentum, freeze_pruned, scaled;
 };
 

@@ -15,16 +15,18 @@ struct MaskedSgd {
   const S* const grad;
   S* const momentum;
   const uint8_t* const mask;
+  const uint8_t* const inner;
   const bool fresh, decays, nesterov, maximize, keep_pruned_momentum, freeze_pruned, scaled;
-  const V negative_lr, mu, decay, gain, scale;
+  const V negative_lr, mu, decay, outer_decay, gain, scale;
 
   MaskedSgd(const SgdTensor& t, const SgdOptions& o)
       : param(static_cast<S*>(t.param)),
         grad(static_cast<const S*>(t.grad)),
         momentum(static_cast<S*>(t.momentum)),
         mask(t.mask),
+        inner(t.inner),
         fresh(t.fresh),
-        decays(o.weight_decay != 0),
+        decays(t.inner || o.weight_decay != 0),
         nesterov(o.nesterov),
         maximize(o.maximize),
         keep_pruned_momentum(o.keep_pruned_momentum),
@@ -32,7 +34,8 @@ struct MaskedSgd {
         scaled(o.scaled),
         negative_lr(V::set(o.negative_lr)),
         mu(V::set(o.mu)),
-        decay(V::set(o.weight_decay)),
+        decay(V::set(t.inner ? o.inner_decay : o.weight_decay)),
+        outer_decay(V::set(o.outer_decay)),
         gain(V::set(o.one_minus_dampening)),
         scale(V::set(o.grad_scale)) {}
 
@@ -43,7 +46,7 @@ struct MaskedSgd {
     V g = V::load(grad + i).keep(bits);
     if (scaled) g = g / scale;
     if (maximize) g = g.negate();
-    if (decays) g = fma(decay, p, g);
+    if (decays) g = fma(inner ? decay.or_else(mask_bits<kLanes>(inner, i), outer_decay) : decay, p, g);
     V u = g;
     if (momentum) {
       V v = fresh ? g : fma(gain, g, mu * V::load(momentum + i));
