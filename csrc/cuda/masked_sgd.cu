@@ -6,24 +6,22 @@ namespace {
 
 template <class C>
 struct SgdUpdate {
-  static constexpr bool kInner = true;
-  C negative_lr, mu, decay, inner_decay, outer_decay, gain, scale;
+  static constexpr bool kInner = false;
+  C negative_lr, mu, decay, gain, scale;
   DeviceScalar grad_scale;
   const uint8_t* fresh;
-  bool nesterov, maximize, keep_pruned_momentum, freeze_pruned, first, decays;
+  bool nesterov, maximize, keep_pruned_momentum, freeze_pruned, first;
 
   __device__ void prepare(const StepTensor& t) {
     first = fresh[t.index];
-    decays = t.inner || decay != 0;
-    if (!t.inner) inner_decay = outer_decay = decay;
     if (grad_scale.at) scale = static_cast<C>(read(grad_scale));
   }
 
   // `p` and `g` of what is pruned are 0 already.
-  __device__ __forceinline__ void operator()(C& p, C g, C (&state)[1], bool keep, bool inner) const {
+  __device__ __forceinline__ void apply(C& p, C g, C (&state)[1], bool keep, bool decays, C rate) const {
     if (grad_scale.at) g = g / scale;
     if (maximize) g = -g;
-    if (decays) g = fma(inner ? inner_decay : outer_decay, p, g);
+    if (decays) g = fma(rate, p, g);
     C u = g;
     if (mu != 0) {
       C v = first ? g : fma(gain, g, mu * state[0]);
@@ -33,27 +31,43 @@ struct SgdUpdate {
     }
     p = fma(negative_lr, u, p);
   }
+  __device__ __forceinline__ void operator()(C& p, C g, C (&state)[1], bool keep, bool) const {
+    apply(p, g, state, keep, decay != 0, decay);
+  }
+};
+
+// With a weight decay inside of a second mask and one outside. A kernel of its own: the other has no register to spare.
+template <class C>
+struct DividedSgdUpdate : SgdUpdate<C> {
+  static constexpr bool kInner = true;
+  C inner_decay, outer_decay;
+  bool divided;
+
+  __device__ void prepare(const StepTensor& t) {
+    SgdUpdate<C>::prepare(t);
+    divided = t.inner;
+  }
+  __device__ __forceinline__ void operator()(C& p, C g, C (&state)[1], bool keep, bool inner) const {
+    const C rate = divided ? inner ? inner_decay : outer_decay : this->decay;
+    this->apply(p, g, state, keep, divided || rate != 0, rate);
+  }
 };
 
 template <class S>
 int sgd_typed(StepTensor* tensors, int64_t count, const SgdStep& o, const uint8_t* fresh, DeviceScalar grad_scale,
               DeviceScalar found_inf, void* stream) {
   using C = typename ComputeOf<S>::type;
-  SgdUpdate<C> update{};
-  update.negative_lr = C(o.negative_lr);
-  update.mu = C(o.mu);
-  update.decay = C(o.weight_decay);
-  update.inner_decay = C(o.inner_decay);
-  update.outer_decay = C(o.outer_decay);
-  update.gain = C(o.one_minus_dampening);
-  update.grad_scale = grad_scale;
-  update.fresh = fresh;
-  update.nesterov = o.nesterov;
-  update.maximize = o.maximize;
-  update.keep_pruned_momentum = o.keep_pruned_momentum;
-  update.freeze_pruned = o.freeze_pruned;
-  return o.mu != 0 ? launch_step<S, 1, 1>(tensors, count, update, found_inf, stream)
-                   : launch_step<S, 1, 0>(tensors, count, update, found_inf, stream);
+  const SgdUpdate<C> plain{
+      C(o.negative_lr), C(o.mu),    C(o.weight_decay),      C(o.one_minus_dampening), C(1), grad_scale, fresh,
+      o.nesterov,       o.maximize, o.keep_pruned_momentum, o.freeze_pruned,          false};
+  const auto launch = [&](const auto& update) {
+    return o.mu != 0 ? launch_step<S, 1, 1>(tensors, count, update, found_inf, stream)
+                     : launch_step<S, 1, 0>(tensors, count, update, found_inf, stream);
+  };
+  bool divided = false;
+  for (int64_t i = 0; i < count; ++i) divided = divided || tensors[i].inner;
+  if (!divided) return launch(plain);
+  return launch(DividedSgdUpdate<C>{plain, C(o.inner_decay), C(o.outer_decay), false});
 }
 
 __global__ void clear_fresh_kernel(uint8_t* fresh, int64_t count, const DeviceScalar found_inf) {

@@ -67,7 +67,7 @@ __device__ void step_chunk(const StepTensor& t, int64_t begin, const Update& upd
   constexpr int kLanes = kStepLanes<S>;
   constexpr uint32_t kAll = (1u << kLanes) - 1;
   Pack<S> param[kStepVectors], grad[kStepVectors], state[kStates][kStepVectors];
-  uint32_t bits[kStepVectors], inner[kStepVectors] = {};
+  uint32_t bits[kStepVectors];  // those of `inner` 16 above those of the mask
   const auto at = [&](const void* base, int j) {
     return static_cast<const Pack<S>*>(base) + begin / kLanes + j * kStepThreads + threadIdx.x;
   };
@@ -75,11 +75,11 @@ __device__ void step_chunk(const StepTensor& t, int64_t begin, const Update& upd
   for (int j = 0; j < kStepVectors; ++j) {
     const int64_t i = begin + (j * kStepThreads + threadIdx.x) * int64_t{kLanes};
     bits[j] = t.mask ? t.mask[i >> 3] >> (i & 7) & kAll : kAll;
-    if (Update::kInner && t.inner) inner[j] = t.inner[i >> 3] >> (i & 7);
+    if (Update::kInner && t.inner) bits[j] |= uint32_t{t.inner[i >> 3]} >> (i & 7) << 16;
   }
 #pragma unroll
   for (int j = 0; j < kStepVectors; ++j) {
-    if (t.known_zero && !bits[j]) continue;
+    if (t.known_zero && !(bits[j] & kAll)) continue;
     param[j] = *at(t.param, j);
     grad[j] = *at(t.grad, j);
 #pragma unroll
@@ -87,13 +87,13 @@ __device__ void step_chunk(const StepTensor& t, int64_t begin, const Update& upd
   }
 #pragma unroll
   for (int j = 0; j < kStepVectors; ++j) {
-    if (t.known_zero && !bits[j]) continue;
+    if (t.known_zero && !(bits[j] & kAll)) continue;
 #pragma unroll
     for (int l = 0; l < kLanes; ++l) {
       S s[kStates];
       for (int k = 0; k < kStored; ++k) s[k] = state[k][j].lane[l];
       for (int k = kStored; k < kStates; ++k) narrow(0, s[k]);
-      step_element(update, param[j].lane[l], grad[j].lane[l], s, bits[j] >> l & 1, inner[j] >> l & 1);
+      step_element(update, param[j].lane[l], grad[j].lane[l], s, bits[j] >> l & 1, bits[j] >> (16 + l) & 1);
       for (int k = 0; k < kStored; ++k) state[k][j].lane[l] = s[k];
     }
     *const_cast<Pack<S>*>(at(t.param, j)) = param[j];
@@ -112,9 +112,10 @@ __device__ __forceinline__ const StepTensor& step_tensor(const StepBatch& batch)
   return batch.tensors[low];
 }
 
-// `update.prepare(t)` reads what one tensor has of its own; kInner: it may have two weight decays. kStored of kStates states are in memory.
+// `update.prepare(t)` reads what one tensor has of its own; kInner: it may have two weight decays. kStored of kStates
+// states are in memory.
 template <class S, int kStates, int kStored, class Update>
-__global__ void __launch_bounds__(kStepThreads, kStates == 2 ? 2 : 3)
+__global__ void __launch_bounds__(kStepThreads, kStates == 2 || Update::kInner ? 2 : 3)
     step_kernel(const __grid_constant__ StepBatch batch, Update update, const DeviceScalar found_inf) {
   if (found_inf.at && read(found_inf) != 0) return;
   const StepTensor& t = step_tensor(batch);

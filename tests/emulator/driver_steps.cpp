@@ -49,7 +49,16 @@ Bytes step(Dtype dtype, bool adam, bool zero, float found_inf) {
     for (size_t i = 1; i < mask.size(); i += 3) mask[i] = 0;
     std::vector<double> rates(2);
     const std::vector<S> before = param;
-    StepTensor t{param.data(), grad.data(), {first.data(), second.data()}, mask.data(), inner.data(), int64_t(n), 0, 0, 0, 0};
+    StepTensor t{param.data(),
+                 grad.data(),
+                 {first.data(), second.data()},
+                 mask.data(),
+                 zero ? nullptr : inner.data(),
+                 int64_t(n),
+                 0,
+                 0,
+                 0,
+                 0};
     t.known_zero = zero;
     std::vector<S>* const all[] = {&param, &grad, &first, &second};
     for (auto* const values : all) forbid(*values, mask, zero);
