@@ -1,5 +1,7 @@
 """Top-KAST and Powerpropagation: sets, frozen weights, penalty, powers."""
 
+import pickle
+
 import pytest
 import torch
 from method_helpers import gradients, setup
@@ -158,3 +160,21 @@ def test_gradients_are_those_of_the_power(method, alpha):
     (x @ theta.T).square().sum().backward()
     want = theta.grad * alpha * phi.abs() ** (alpha - 1)
     torch.testing.assert_close(model.weight.grad, want if method == "topkast" else torch.where(kept, want, 0))
+
+
+@pytest.mark.parametrize("alpha", [1.0, 2.0])
+def test_the_penalty_in_the_optimizers_own_step_is_that_through_the_gradient(alpha):
+    """Beside weight decay, Nesterov momentum and parameters that no mask has; and it ends with the method."""
+    found = {}
+    for kind in ("masked", "sgd"):
+        parts = setup(lambda: sk.TopKAST(0.8, 0.5, penalty=0.1, alpha=alpha, every=2), kind)
+        iterate(*parts, 0, 5)
+        found[kind] = {n: v.clone() for n, v in parts[0].state_dict().items()}
+        if kind == "masked":
+            assert pickle.loads(pickle.dumps(parts[1]))._inner[1:] == (0.1, 0.1 / (1 - 0.8))
+            parts[2].finalize()
+            assert parts[1]._inner is None
+    torch.testing.assert_close(found["masked"], found["sgd"])
+    parts = setup(lambda: sk.TopKAST(0.8, 0.5, penalty=0.0, alpha=alpha, every=2), "masked")
+    iterate(*parts, 0, 5)
+    assert parts[1]._inner is None and not torch.allclose(parts[0][5].weight, found["sgd"]["5.weight"])

@@ -29,8 +29,8 @@ class TopKAST(Repeated, EffectiveSparsifier):
 
     Masks are chosen anew every `every` steps (published: 1; 100 reported as fine). `penalty` is the factor of the
     exploration penalty 1/2 |w|^2, with weight 1 on A, 1 / (1 - sparsity) on B without A and 0 elsewhere. It is part of
-    the loss and so of the gradient; neuralmagic/sparseml applies it outside momentum. It stands in for weight decay,
-    which, if the optimizer has one, acts on B. `alpha` above 1 trains powers of weights (see
+    the loss and so of the gradient; neuralmagic/sparseml applies it outside momentum. MaskedSGD adds it in its own step,
+    where clipping and `.grad` do not see it. It stands in for weight decay, which, if the optimizer has one, acts on B. `alpha` above 1 trains powers of weights (see
     `sparsekern.Powerpropagation`), ranked by |theta|. Momentum outside B is zero. arXiv 2308.02060 runs it with the
     layer rules of Extended GMP, `layer_sparsity={"first": 0.0, "last": 0.8}`; the densities of its backward sets are
     not known.
