@@ -108,12 +108,12 @@ int64_t select_each(const Scores& all, const std::vector<int64_t>& keep) {
 }
 
 // The best groups of the whole list, once for each count; `all[i]` has the masks for it.
-int64_t select_global(const std::vector<Scores>& all, const std::vector<int64_t>& keep) {
+int64_t select_global(const std::vector<Scores>& all, const std::vector<int64_t>& keep, TopkHint* hints = nullptr) {
   std::vector<TopkSpan> spans;
   std::vector<const TopkSpan*> each;
   for (const Scores& scores : all) spans.emplace_back(scores.tensors.data(), scores.groups);
   for (const TopkSpan& span : spans) each.push_back(&span);
-  return topk_select(each, all[0].layouts.data(), keep);
+  return topk_select(each, all[0].layouts.data(), keep, hints);
 }
 
 // Group bits to those of weights.
@@ -181,8 +181,21 @@ std::tuple<std::vector<Tensor>, Tensor> topk_mask_cpu(std::vector<Tensor> scores
   return {masks, status_of(scores[0], found)};
 }
 
-std::tuple<std::vector<Tensor>, Tensor> topk_nested_cpu(std::vector<Tensor> scores, std::vector<int64_t> keep,
-                                                        std::string pattern, bool magnitude) {
+// A copy of the hint, one for each count, which is to follow the thresholds.
+Tensor next_hint(const Tensor& like, const std::optional<Tensor>& hint, size_t count) {
+  const int64_t size = static_cast<int64_t>(2 * count);
+  Tensor next = torch::stable::new_zeros(like, {static_cast<int64_t>(count), 2}, ScalarType::Long);
+  if (!hint) return next;
+  STD_TORCH_CHECK(hint->is_cpu() && hint->scalar_type() == ScalarType::Long && hint->is_contiguous() &&
+                      hint->dim() == 2 && hint->numel() == size,
+                  "topk_nested: hint must be contiguous int64 of shape (", count, ", 2) on the CPU");
+  std::copy_n(hint->const_data_ptr<int64_t>(), size, next.mutable_data_ptr<int64_t>());
+  return next;
+}
+
+std::tuple<std::vector<Tensor>, Tensor, Tensor> topk_nested_cpu(std::vector<Tensor> scores, std::vector<int64_t> keep,
+                                                                std::string pattern, bool magnitude,
+                                                                std::optional<Tensor> hint) {
   const Pattern parsed = parse_pattern(pattern);
   STD_TORCH_CHECK(!scores.empty() && !keep.empty(), "topk_nested: scores and keep must hold at least one entry");
   STD_TORCH_CHECK(!parsed.ratio.m, "topk_nested: pattern='", pattern, "' has no count");
@@ -195,11 +208,14 @@ std::tuple<std::vector<Tensor>, Tensor> topk_nested_cpu(std::vector<Tensor> scor
     all.push_back(with_masks(given, {}, parsed, magnitude, masks));
     given = all[0].dense;  // copied once
   }
-  const int64_t found = select_global(all, keep);
+  Tensor next = next_hint(scores[0], hint, keep.size());
+  // Its rows are pairs of numbers as a TopkHint is.
+  auto* const hints = reinterpret_cast<TopkHint*>(next.mutable_data_ptr<int64_t>());
+  const int64_t found = select_global(all, keep, hints);
   for (const Scores& each : all) {
     if (!each.chosen.empty()) spread(each);
   }
-  return {masks, status_of(scores[0], found)};
+  return {masks, status_of(scores[0], found), next};
 }
 
 double magnitude_of(uint64_t key, bool wide) {

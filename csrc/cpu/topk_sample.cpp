@@ -1,10 +1,9 @@
-// Selection for topk_mask on CPU in one pass over the scores. A sample brackets the threshold; the pass writes the bits
-// of all that lies above the bracket and collects what lies inside, a few per cent, where the rest is settled. Where so
-// many scores share one value that too much would be collected, that value bounds the bracket and is only counted.
-#include <array>
+// Selection for topk_mask on CPU in one pass over the scores. A hint or a sample brackets the threshold; the pass
+// writes the bits of all that lies above the bracket and collects what lies inside, a few per cent, where the rest is
+// settled. Where so many scores share one value that too much would be collected, that value bounds the bracket and is
+// only counted.
 #include <atomic>
 #include <bit>
-#include <cmath>
 #include <deque>
 #include <functional>
 #include <iterator>
@@ -12,91 +11,10 @@
 #include <mutex>
 
 #include "dispatch.h"
-#include "topk_select.h"
+#include "topk_bracket.h"
 
 namespace sparsekern {
 namespace {
-
-constexpr int64_t kMostSamples = int64_t{1} << 15;
-// Below this many groups the passes of the radix selection stay in cache, and the sample would not pay.
-constexpr int64_t kSampleFrom = int64_t{1} << 17;
-// Collected groups take 6 bytes each: at most a sixteenth of the size of float32 scores.
-constexpr int64_t kCollectedShare = 24;
-
-// Keys in [lo, hi] are collected. `below` and `over`, where not 0, are keys next to those that are only counted.
-struct Bracket {
-  uint32_t lo, hi, below, over;
-};
-
-// So many that the threshold lies between ten standard deviations of its rank, which take a 32nd of the groups; more of
-// a long list, where collecting costs more than the sample.
-int64_t sample_size(double share, int64_t total) {
-  const int64_t precise = static_cast<int64_t>(320.0 * 320.0 * share * (1 - share));
-  return std::min(std::max({precise, total / 1024, int64_t{1024}}), std::min(kMostSamples, total / 16));
-}
-
-// The keys of so many groups.
-std::vector<uint32_t> sample(const TopkSpan& span, int64_t samples, int64_t total) {
-  std::vector<int64_t> first{0};
-  for (int64_t size : span.sizes) first.push_back(first.back() + size);
-  std::vector<uint32_t> keys(samples);
-  torch::stable::parallel_for(0, samples, 1024, [&](int64_t from, int64_t to) {
-    // One group of each of the equal stretches, at a place that no period of the scores can follow.
-    const double stretch = static_cast<double>(total) / static_cast<double>(samples);
-    size_t tensor = 0;
-    std::array<int64_t, 64> places;
-    size_t held = 0;
-    for (int64_t i = from; i < to; ++i) {
-      uint64_t noise = static_cast<uint64_t>(i + 1) * 0x9e3779b97f4a7c15u;
-      noise = (noise ^ noise >> 31) * 0xbf58476d1ce4e5b9u;
-      const double place = static_cast<double>(noise >> 40) * 0x1p-24;
-      const int64_t at = std::min(static_cast<int64_t>((static_cast<double>(i) + place) * stretch), total - 1);
-      if (held == places.size() || at >= first[tensor + 1]) {
-        kernels().topk_gather(span.tensors[tensor], places.data(), held, &keys[i - held]);
-        held = 0;
-      }
-      while (at >= first[tensor + 1]) ++tensor;
-      places[held++] = at - first[tensor];
-    }
-    kernels().topk_gather(span.tensors[tensor], places.data(), held, &keys[to - held]);
-  });
-  return keys;
-}
-
-// Keys between which the threshold lies but for one case in a million; none if too much would lie there with it.
-// Changes the order of the sample.
-std::optional<Bracket> sample_bracket(std::vector<uint32_t>& keys, double share) {
-  const int64_t samples = static_cast<int64_t>(keys.size());
-  const double count = static_cast<double>(samples);
-  const double margin = 5 * std::sqrt(share * (1 - share) * count) + 2;
-  const int64_t best = static_cast<int64_t>(share * count - margin);
-  const int64_t worst = static_cast<int64_t>(share * count + margin);
-  // From the lower rank to the higher, which then lies in the part sorted out before it.
-  const auto nth = [&](int64_t n, int64_t end) {
-    std::nth_element(keys.begin(), keys.begin() + n, keys.begin() + end, std::greater<>());
-    return keys[n];
-  };
-  Bracket bracket{1, 0xfffffffeu, 0, 0};
-  if (worst < samples) bracket.lo = std::max(nth(worst, samples), 1u);
-  if (best > 0) bracket.hi = nth(best, std::min(worst, samples));
-  const int64_t room = samples / kCollectedShare;
-  int64_t within = 0, lowest = 0, highest = 0;
-  for (uint32_t key : keys) {
-    within += (key >= bracket.lo) & (key <= bracket.hi);
-    lowest += key == bracket.lo;
-    highest += key == bracket.hi;
-  }
-  if (within > room && lowest > room / 2) {
-    within -= lowest;
-    bracket.below = bracket.lo++;
-  }
-  if (within > room && highest > room / 2) {
-    within -= highest;
-    bracket.over = bracket.hi--;
-  }
-  if (within > room) return std::nullopt;
-  return bracket;
-}
 
 // What one thread collected from tasks [from, to). There is room for the most; pages never written are no memory.
 struct Piece {
@@ -116,8 +34,17 @@ struct Scan {
 struct Choice {
   const TopkSpan& span;
   int64_t keep;
+  TopkHint* hint;
   std::optional<Bracket> bracket;
-  Scan found;
+  std::unique_ptr<Scan> found;
+
+  int64_t needed() const { return keep - found->above; }
+  // Whether the threshold lies in the bracket, or at its upper end, or there is none because of a NaN.
+  bool settled() const { return bracket && (found->nan || (0 <= needed() && needed() <= found->collected)); }
+  // Groups collected for each key that the bracket holds.
+  double density() const {
+    return static_cast<double>(found->collected) / (static_cast<double>(bracket->hi) - bracket->lo + 1);
+  }
 };
 
 // All choices that have a bracket, task by task: what the first reads, the others find in the cache.
@@ -125,7 +52,10 @@ void scan(std::vector<Choice*> choices, int64_t room) {
   std::erase_if(choices, [](const Choice* c) { return !c->bracket; });
   if (choices.empty()) return;
   const TopkSpan& span = choices[0]->span;
-  for (Choice* c : choices) c->found.within.assign(span.tasks(), 0);
+  for (Choice* c : choices) {
+    c->found = std::make_unique<Scan>();
+    c->found->within.assign(span.tasks(), 0);
+  }
   std::mutex merging;
   const auto kernel = kernels().topk_scan;
   torch::stable::parallel_for(0, span.tasks(), 1, [&](int64_t from, int64_t to) {
@@ -137,13 +67,13 @@ void scan(std::vector<Choice*> choices, int64_t room) {
     }
     span.each(from, to, [&](const TopkTensor& t, int64_t task, int64_t begin, int64_t end) {
       for (size_t i = 0; i < choices.size(); ++i) {
-        const auto& [own, keep, bracket, ignored] = *choices[i];
-        Scan& result = choices[i]->found;
+        const TopkTensor& own = choices[i]->span.tensors[&t - span.tensors];
+        const Bracket& bracket = *choices[i]->bracket;
+        Scan& result = *choices[i]->found;
         if (result.collected > room) continue;
         Piece& piece = pieces[i];
         TopkFound found;
-        kernel(own.tensors[&t - span.tensors], bracket->lo, bracket->hi, begin, end, &piece.keys[piece.count],
-               &piece.places[piece.count], &found);
+        kernel(own, bracket.lo, bracket.hi, begin, end, &piece.keys[piece.count], &piece.places[piece.count], &found);
         result.above += found.above;
         result.collected += result.within[task] = found.within;
         if (found.nan) result.nan = true;
@@ -151,7 +81,7 @@ void scan(std::vector<Choice*> choices, int64_t room) {
       }
     });
     const std::lock_guard<std::mutex> lock(merging);
-    for (size_t i = 0; i < choices.size(); ++i) choices[i]->found.pieces.push_back(std::move(pieces[i]));
+    for (size_t i = 0; i < choices.size(); ++i) choices[i]->found->pieces.push_back(std::move(pieces[i]));
   });
 }
 
@@ -210,60 +140,74 @@ void settle(const TopkSpan& span, const TopkLayout* layouts, const Scan& scan, c
   if (split) topk_choose_ties(span, layouts, *split, threshold.key);
 }
 
-// The brackets of all choices and what the pass finds; no bracket where sampling does not serve, or too much lies in
-// it.
-void sample_and_scan(std::vector<Choice*> choices, int64_t total) {
-  const TopkSpan& span = choices[0]->span;
-  if (total < kSampleFrom || span.tensors[0].wide) return;
-  const auto share = [&](const Choice* c) { return static_cast<double>(c->keep) / static_cast<double>(total); };
-  int64_t samples = 0;
-  for (const Choice* c : choices) samples = std::max(samples, sample_size(share(c), total));
-  std::vector<uint32_t> keys = sample(span, samples, total);
-  for (Choice* c : choices) c->bracket = sample_bracket(keys, share(c));
-  const int64_t room = total / kCollectedShare;
+// As scan(); a bracket that holds more than `room` is dropped.
+void scan_within(const std::vector<Choice*>& choices, int64_t room) {
   scan(choices, room);
   for (Choice* c : choices) {
-    if (c->found.collected > room) c->bracket = std::nullopt;
+    if (c->bracket && c->found->collected > room) c->bracket = std::nullopt;
   }
 }
 
-std::optional<int64_t> finish(const Choice& choice, const TopkLayout* layouts) {
-  const auto& [span, keep, bracket, found] = choice;
+// What the pass finds in brackets by a sample.
+void sample_and_scan(const std::vector<Choice*>& choices, int64_t total) {
+  std::vector<int64_t> keep;
+  for (const Choice* c : choices) keep.push_back(c->keep);
+  const std::vector<std::optional<Bracket>> brackets = topk_sampled(choices[0]->span, keep, total);
+  for (size_t i = 0; i < choices.size(); ++i) choices[i]->bracket = brackets[i];
+  scan_within(choices, total / kCollectedShare);
+}
+
+std::optional<int64_t> finish(const Choice& choice, const TopkLayout* layouts, int64_t total) {
+  const TopkSpan& span = choice.span;
+  const std::optional<Bracket>& bracket = choice.bracket;
   if (!bracket) return std::nullopt;
-  if (found.nan) return kTopkNan;
-  const int64_t needed = keep - found.above;
-  if (needed < 0) return bracket->over ? topk_choose_at(span, layouts, bracket->over, keep) : std::nullopt;
-  if (needed > found.collected) {
-    return bracket->below ? topk_choose_at(span, layouts, bracket->below, keep) : std::nullopt;
+  const int64_t needed = choice.needed();
+  if (choice.settled()) {
+    if (choice.found->nan) return kTopkNan;
+    uint32_t key = bracket->hi;
+    if (needed > 0) {
+      const TopkThreshold found = collected_threshold(choice.found->pieces, *bracket, needed);
+      settle(span, layouts, *choice.found, found);
+      key = static_cast<uint32_t>(found.key);
+    }
+    if (choice.hint) topk_follow(*choice.hint, key, choice.density(), total);
+    return 0;
   }
-  if (needed > 0) settle(span, layouts, found, collected_threshold(found.pieces, *bracket, needed));
-  return 0;
+  const uint32_t edge = needed < 0 ? bracket->over : bracket->below;
+  return edge ? topk_choose_at(span, layouts, edge, choice.keep) : std::nullopt;
 }
 
 }  // namespace
 
 std::vector<std::optional<int64_t>> topk_sample_select(const std::vector<const TopkSpan*>& spans,
                                                        const TopkLayout* layouts, const std::vector<int64_t>& keep,
-                                                       int64_t total) {
+                                                       int64_t total, const std::vector<TopkHint*>& hints) {
   std::deque<Choice> choices;
   std::vector<Choice*> each;
   for (size_t i = 0; i < spans.size(); ++i) {
-    each.push_back(&choices.emplace_back(*spans[i], keep[i]));
+    Choice& c = choices.emplace_back(*spans[i], keep[i], hints[i]);
+    c.bracket = topk_hinted(c.span, c.hint);
+    each.push_back(&c);
   }
-  sample_and_scan(each, total);
+  scan_within(each, total / kCollectedShare);
+  std::erase_if(each, [](const Choice* c) { return c->settled(); });
+  for (Choice* c : each) {
+    if (c->hint) c->hint->reach = 0;  // it led nowhere
+  }
+  if (!each.empty()) sample_and_scan(each, total);
   std::vector<std::optional<int64_t>> status(spans.size());
   // One after the other a single choice would leave threads idle.
   torch::stable::parallel_for(0, static_cast<int64_t>(spans.size()), 1, [&](int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; ++i) status[i] = finish(choices[i], layouts);
+    for (int64_t i = from; i < to; ++i) status[i] = finish(choices[i], layouts, total);
   });
   return status;
 }
 
 std::optional<TopkBounds> topk_sample_bounds(const TopkSpan& span, int64_t keep, int64_t total) {
-  Choice choice{span, keep};
+  Choice choice{span, keep, nullptr};
   sample_and_scan({&choice}, total);
   if (!choice.bracket) return std::nullopt;
-  const Scan& found = choice.found;
+  const Scan& found = *choice.found;
   const int64_t needed = keep - found.above;
   if (found.nan || needed <= 0 || needed >= found.collected) return std::nullopt;
   const TopkThreshold last = collected_threshold(found.pieces, *choice.bracket, needed);

@@ -6,6 +6,7 @@
 #include <mutex>
 
 #include "dispatch.h"
+#include "topk_bracket.h"
 
 namespace sparsekern {
 namespace {
@@ -71,13 +72,14 @@ TopkThreshold radix_threshold(const TopkSpan& span, int64_t keep, bool exact, bo
   return found;
 }
 
-int64_t radix_select(const TopkSpan& span, const TopkLayout* layouts, int64_t keep) {
+int64_t radix_select(const TopkSpan& span, const TopkLayout* layouts, int64_t keep, TopkHint* hint) {
   bool nan = false;
-  const TopkThreshold threshold = radix_threshold(span, keep, false, nan);
+  const TopkThreshold threshold = radix_threshold(span, keep, hint, nan);
   if (nan) {
     write(span, kNoKey, nan);
     return kTopkNan;
   }
+  if (hint && threshold.key > 0 && !span.tensors[0].wide) topk_follow(*hint, threshold.key);
   // Only candidates have keys above 0.
   if (threshold.key == 0 || threshold.needed == threshold.ties) {
     write(span, std::max(threshold.key, uint64_t{1}), nan);
@@ -162,11 +164,12 @@ TopkBounds topk_bounds(const TopkSpan& span, int64_t keep, bool& nan) {
 }
 
 int64_t topk_select(const std::vector<const TopkSpan*>& spans, const TopkLayout* layouts,
-                    const std::vector<int64_t>& keep) {
+                    const std::vector<int64_t>& keep, TopkHint* hints) {
   int64_t total = 0, status = 0;
   for (int64_t size : spans[0]->sizes) total += size;
   std::vector<const TopkSpan*> chosen;
   std::vector<int64_t> wanted;
+  std::vector<TopkHint*> kept;
   for (size_t i = 0; i < spans.size(); ++i) {
     if (total == 0) {
       status |= keep[i] > 0 ? kTopkTooFew : 0;
@@ -177,12 +180,13 @@ int64_t topk_select(const std::vector<const TopkSpan*>& spans, const TopkLayout*
     } else {
       chosen.push_back(spans[i]);
       wanted.push_back(keep[i]);
+      kept.push_back(hints ? hints + i : nullptr);
     }
   }
   if (chosen.empty()) return status;
-  const std::vector<std::optional<int64_t>> found = topk_sample_select(chosen, layouts, wanted, total);
+  const std::vector<std::optional<int64_t>> found = topk_sample_select(chosen, layouts, wanted, total, kept);
   for (size_t i = 0; i < chosen.size(); ++i)
-    status |= found[i] ? *found[i] : radix_select(*chosen[i], layouts, wanted[i]);
+    status |= found[i] ? *found[i] : radix_select(*chosen[i], layouts, wanted[i], kept[i]);
   return status;
 }
 

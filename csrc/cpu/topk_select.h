@@ -66,14 +66,20 @@ std::optional<TopkSplit> topk_share(const TopkSpan& span, const TopkLayout* layo
 // Chooses the ties of the split tensor in logical order, by walking a bitmap of them along the strides. Seldom needed.
 void topk_choose_ties(const TopkSpan& span, const TopkLayout* layouts, const TopkSplit& split, uint64_t key);
 
+// What a caller keeps for a choice among scores that move little from call to call: the threshold's key, 0 before the
+// first call, and how far from it the next one is looked for first, 0 for nowhere.
+struct TopkHint {
+  int64_t key, reach;
+};
+
 // Writes the group bits of the `keep` best groups where the threshold is `key`; none, and no valid bits, if it is not.
 std::optional<int64_t> topk_choose_at(const TopkSpan& span, const TopkLayout* layouts, uint64_t key, int64_t keep);
 
 // topk_select for spans of the same scores, each with masks and a count of its own, 0 < keep < total, by one pass; none
-// where sampling does not serve.
+// where neither hints nor sampling serve. `hints`, null or one for each, follow the thresholds found.
 std::vector<std::optional<int64_t>> topk_sample_select(const std::vector<const TopkSpan*>& spans,
                                                        const TopkLayout* layouts, const std::vector<int64_t>& keep,
-                                                       int64_t total);
+                                                       int64_t total, const std::vector<TopkHint*>& hints);
 
 // Both bounds of 0 < keep < total in one pass, which writes to `chosen` of the tensors; none where sampling does not
 // serve.
@@ -83,8 +89,8 @@ std::optional<TopkBounds> topk_sample_bounds(const TopkSpan& span, int64_t keep,
 TopkBounds topk_bounds(const TopkSpan& span, int64_t keep, bool& nan);
 
 // Writes the group bits of the `keep[i]` best groups of all of `spans[i]`, which have the same scores, each its masks;
-// returns the status of the operator.
+// returns the status of the operator. `hints`: null, or one for each.
 int64_t topk_select(const std::vector<const TopkSpan*>& spans, const TopkLayout* layouts,
-                    const std::vector<int64_t>& keep);
+                    const std::vector<int64_t>& keep, TopkHint* hints = nullptr);
 
 }  // namespace sparsekern

@@ -138,13 +138,18 @@ class Allocation:
             masks.set_packed(name, packed)
 
     @torch.no_grad()
-    def select_nested(self, targets: Sequence[tuple[MaskSet, Budget]], scores: Mapping[str, Tensor]) -> None:
-        """`select` for several sets of masks by the same scores, which are read once where one ranking is global."""
+    def select_nested(
+        self, targets: Sequence[tuple[MaskSet, Budget]], scores: Mapping[str, Tensor], hint: Tensor | None = None
+    ) -> None:
+        """`select` for several sets of masks by the same scores, which are read once where one ranking is global.
+
+        `hint` as in `topk_nested`.
+        """
         pooled = targets[0][1].pooled
         found: list[list[Tensor]] = [[] for _ in targets]
         if pooled:
             pools = [budget.pool for _, budget in targets]
-            found = topk_nested([scores[n] for n in pooled], pools, pattern=self.pattern)
+            found = topk_nested([scores[n] for n in pooled], pools, pattern=self.pattern, hint=hint)
         for (masks, budget), chosen in zip(targets, found, strict=True):
             self.select(masks, Budget(budget.each), scores)
             for name, packed in zip(pooled, chosen, strict=True):

@@ -29,11 +29,11 @@ class TopKAST(Repeated, EffectiveSparsifier):
 
     Masks are chosen anew every `every` steps (published: 1; 100 reported as fine). `penalty` is the factor of the
     exploration penalty 1/2 |w|^2, with weight 1 on A, 1 / (1 - sparsity) on B without A and 0 elsewhere. It is part of
-    the loss and so of the gradient; neuralmagic/sparseml applies it outside momentum. MaskedSGD adds it in its own step,
-    where clipping and `.grad` do not see it. It stands in for weight decay, which, if the optimizer has one, acts on B. `alpha` above 1 trains powers of weights (see
-    `sparsekern.Powerpropagation`), ranked by |theta|. Momentum outside B is zero. arXiv 2308.02060 runs it with the
-    layer rules of Extended GMP, `layer_sparsity={"first": 0.0, "last": 0.8}`; the densities of its backward sets are
-    not known.
+    the loss and so of the gradient; neuralmagic/sparseml applies it outside momentum. MaskedSGD adds it in its own
+    step, so that `.grad` never shows it. It stands in for weight decay, which, if the optimizer has one, acts on B.
+    `alpha` above 1 trains powers of weights (see `sparsekern.Powerpropagation`), ranked by |theta|. Momentum outside B
+    is zero. arXiv 2308.02060 runs it with the layer rules of Extended GMP,
+    `layer_sparsity={"first": 0.0, "last": 0.8}`; the densities of its backward sets are not known.
     `pattern`, `distribution` and `layer_sparsity` as in `sparsekern.methods.allocation.Allocation`; a layer with a
     sparsity of its own has that in both sets.
     """
@@ -71,6 +71,7 @@ class TopKAST(Repeated, EffectiveSparsifier):
     @torch.no_grad()
     def _begin(self) -> None:
         self.updated = 0
+        self._hint = torch.zeros(2, 2, dtype=torch.int64)
         self.allocation.bind(self.model, self.masks)
         self.backward_masks = MaskSet({name: self.masks.parameter(name) for name in self.masks})
         for name in self.masks if self.alpha != 1 else ():
@@ -108,7 +109,7 @@ class TopKAST(Repeated, EffectiveSparsifier):
     def _update(self) -> None:
         scores = {name: self._theta(name) for name in self.masks}
         sets = (self.masks, self.sparsity), (self.backward_masks, self.backward_sparsity)
-        self.allocation.select_nested([(masks, self.allocation.budget(s)) for masks, s in sets], scores)
+        self.allocation.select_nested([(masks, self.allocation.budget(s)) for masks, s in sets], scores, self._hint)
         self._refresh_kept()
 
     def _theta(self, name: str) -> Tensor:
