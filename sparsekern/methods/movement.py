@@ -135,6 +135,10 @@ class Movement(_Movement):
         self.lr_ratio, self.momentum_factor = check_number("lr_ratio", lr_ratio), check_number("momentum", momentum)
         super().__init__(self._check_schedule(schedule), include=include, exclude=exclude)
 
+    def _begin(self) -> None:
+        super()._begin()
+        self._groups = {n: group_count(tuple(self.masks.parameter(n).shape), self.pattern) for n in self.masks}
+
     @property
     def phase(self) -> Phase:
         sparsity = self.ramp(self.position, self.sparsity)
@@ -143,11 +147,10 @@ class Movement(_Movement):
     @torch.no_grad()
     def _update(self) -> None:
         sparsity = self.ramp(self.position, self.sparsity)
-        groups = {n: group_count(tuple(self.masks.parameter(n).shape), self.pattern) for n in self.masks}
         if self.distribution == "uniform":
-            keep = list(uniform(groups, sparsity).values())
+            keep = list(uniform(self._groups, sparsity).values())
         else:
-            keep = keep_count(sum(groups.values()), sparsity)
+            keep = keep_count(sum(self._groups.values()), sparsity)
         scores = [self._scores(n) for n in self.masks]
         for name, packed in zip(
             self.masks, topk_mask(scores, keep, pattern=self.pattern, magnitude=False), strict=True
