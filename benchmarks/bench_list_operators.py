@@ -6,7 +6,8 @@
 a method does with it. Baselines are torch's own functions, numpy's selection where there is one, and for topk_nested
 what it replaces. They are granted what they need: masks as floats, the weights' magnitudes in one array. Each timed
 call follows one of its own kind, as numpy's leave the machine busy with memory; so the weights may lie in a cache,
-where topk_nested has nothing to save. Results must equal plain formulas to rounding.
+where topk_nested has nothing to save. Its hint is of weights that did not move at all. Results must equal plain
+formulas to rounding.
 
 Floor: the bytes that must be read and written at least, over the best rate at which this run copied, scaled or added
 arrays of that size. Results that go past the caches may beat it.
@@ -181,7 +182,7 @@ def forward_cases() -> dict[str, Case]:
 
 def choice_cases(m: Model) -> dict[str, Case]:
     """What chooses thresholds and masks."""
-    ops, counts = sk.ops, [_keep(m, live) for live in LIVE]
+    ops, counts, hint = sk.ops, [_keep(m, live) for live in LIVE], torch.zeros(2, 2, dtype=torch.int64)
     return {
         "topk_bounds": Case(
             lambda m: ops.topk_bounds(m.w, counts[0]), _returned, _bounds, 4,
@@ -192,6 +193,11 @@ def choice_cases(m: Model) -> dict[str, Case]:
             4 + 2 * BIT,
             {"topk_mask twice": lambda m: [ops.topk_mask(m.w, k) for k in counts],
              "np.partition of magnitudes, no mask": _partition(m, LIVE)},
+        ),
+        "topk_nested/hint": Case(
+            lambda m: ops.topk_nested(m.w, counts, hint=hint), _returned,
+            lambda m: [ops.topk_mask(m.w, k) for k in counts], 4 + 2 * BIT,
+            {"topk_nested": lambda m: ops.topk_nested(m.w, counts)},
         ),
         "threshold_mask": Case(
             lambda m: ops.threshold_mask(m.s, RANGE), lambda _, found: found[0],
