@@ -12,8 +12,8 @@ struct BFloat16 {
 enum class Dtype : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
 // One parameter of masked_sgd_. `mask` is null for a dense parameter, `momentum` is null when mu is 0, `inner` where
-// the weight decay is the same everywhere. `known_zero`: pruned elements of both are zero already, so those that nothing
-// live is near need not be touched.
+// the weight decay is the same everywhere. `known_zero`: pruned elements of both are zero already, so those that
+// nothing live is near need not be touched.
 struct SgdTensor {
   void* param;
   const void* grad;
