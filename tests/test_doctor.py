@@ -132,6 +132,20 @@ def test_library_older_than_the_python_code_is_not_trusted(monkeypatch):
     assert not _library.kernels_loaded and not _library.has_kernel("masked_sgd_", "CPU")
 
 
+@compiled
+def test_small_layers_are_called_directly_or_it_is_told_why_not(monkeypatch):
+    pytest.importorskip("sparsekern._C", reason="_C was not built: no Python headers or pybind11")
+    library = next((ROOT / "sparsekern").glob("_ops*.so"))
+    for name in ("direct_product", "direct_obstacle"):
+        monkeypatch.setattr(_library, name, getattr(_library, name))
+    has = hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
+    assert (_library.direct_product is None) != has and bool(_library._connect(library)) != has
+    assert dict(doctor._machine())["small layers"].startswith("called directly" if has else "through the dispatcher")
+    monkeypatch.setattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    monkeypatch.setattr(_library, "direct_obstacle", _library._connect(library))
+    assert any("lacks DLPack's C functions, 2.11 has them" in text for text in doctor.degradations())
+
+
 def test_a_gpu_without_kernels_is_told_with_the_reason(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(_library, "cuda_operators", frozenset())

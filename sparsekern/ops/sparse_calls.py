@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, profiler
 
+from sparsekern import _library
 from sparsekern.ops import sparse_kernels
 from sparsekern.ops.epilogue import BOUNDS, Epilogue
 from sparsekern.ops.sparse_operands import compiled_product
@@ -23,16 +24,32 @@ from sparsekern.ops.sparse_structure import SparseStructure
 
 @dataclass(frozen=True)
 class Call:
-    """How to run a call again, as long as the structure's tensors are still of these versions.
+    """How to run a call again, as long as the structure's tensors are still of these versions; those of inference mode
+    count none."""
 
-    That the operands are of the same dtypes and lie the same way is seen by the kernel, which else does nothing.
-    """
-
-    versions: tuple[int, int]
+    versions: tuple[int, int] | None
     dtype: torch.dtype
     plan: Tensor
-    output: tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides
+    shape: tuple[int, ...]  # of the result
+    strides: tuple[int, ...]
     backward: Backward
+
+    def run(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        residual: Tensor | None,
+        low: float,
+        high: float,
+    ) -> Tensor | None:
+        """The result, if operands are of the same dtypes and lie the same way: the kernel sees that."""
+        direct = _library.direct_product
+        if direct is None or profiler._is_profiler_enabled:  # only what the dispatcher runs is seen by a profiler
+            return sparse_kernels.product(input, weight, self.plan, bias, scale, residual, low, high)
+        result = _empty(self.shape, self.strides, self.dtype)
+        return result if direct(input, weight, self.plan, bias, scale, residual, result, low, high) else None
 
 
 @dataclass(frozen=True)
@@ -52,7 +69,7 @@ class SparseProduct(torch.autograd.Function):
     def forward(
         ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, call: Call, structure: SparseStructure
     ) -> Tensor:
-        result = sparse_kernels.product(input, weight, call.plan, bias, *sparse_kernels.PLAIN)
+        result = call.run(input, weight, bias, *sparse_kernels.PLAIN)
         if result is None:
             raise _DoesNotFit
         ctx.save_for_backward(input, weight, *structure.tensors)
@@ -70,7 +87,7 @@ class SparseProduct(torch.autograd.Function):
         return *(g if need else None for g, need in zip(found, needs, strict=True)), None, None
 
 
-class _DoesNotFit(Exception):
+class _DoesNotFit(RuntimeError):
     """The kept plan is for other operands or another instruction set."""
 
 
@@ -81,22 +98,27 @@ _transforms, _grad_enabled = torch._C._functorch.peek_interpreter_stack, torch.i
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
+def _empty_strided(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(shape, strides, dtype=dtype)
+
+
+# What compiled graphs of torch call, without its dispatcher.
+_empty = getattr(torch._C._dynamo.guards, "_empty_strided_cpu", _empty_strided)
+
+
 def plain(*tensors: Tensor | None) -> bool:
-    """Ordinary tensors, and nothing that records or transforms operators."""
+    """Ordinary tensors that hold their own values, and nothing that records or transforms operators."""
     if _is_dynamo() or _dispatch_modes() or _function_modes() or _tracing() is not None or _transforms() is not None:
         return False
     for t in tensors:  # a generator would cost more than the checks
-        if t is not None and type(t) not in _PLAIN:
+        if t is not None and (type(t) not in _PLAIN or t.is_neg()):
             return False
     return forward_ad._current_level < 0
 
 
 def _differentiated(*tensors: Tensor | None) -> bool:
-    if _grad_enabled():
-        for t in tensors:
-            if t is not None and t.requires_grad:
-                return True
-    return False
+    """Whether a gradient is asked for, if gradients are enabled."""
+    return any(t is not None and t.requires_grad for t in tensors)
 
 
 def _exact(given: tuple[Any, ...]) -> bool:
@@ -110,14 +132,12 @@ def _exact(given: tuple[Any, ...]) -> bool:
     return True
 
 
-def _fits(bias: Tensor, dtype: torch.dtype, structure: SparseStructure) -> bool:
-    return bias.dtype is dtype and bias.is_cpu and bias.is_contiguous() and bias.shape == structure.shape[:1]
-
-
 def _after(epilogue: Epilogue, shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[Any, ...] | None:
     """What the kernel takes of an epilogue, None if it does not."""
     operands = epilogue.scale, epilogue.residual
-    if epilogue.activation not in BOUNDS or not plain(*operands) or _differentiated(*operands):
+    if epilogue.activation not in BOUNDS or not plain(*operands):
+        return None
+    if _grad_enabled() and _differentiated(*operands):
         return None
     if not all(t is None or (t.is_cpu and t.dtype is torch.float32) for t in operands):
         return None
@@ -132,28 +152,37 @@ def repeat(
     given: tuple[Any, ...],
     epilogue: Epilogue | None = None,
 ) -> Tensor | None:
-    """The result, if an equal call is known; ``given`` is the geometry of a convolution as the caller wrote it."""
+    """The result, if an equal call is known; ``given`` is the geometry of a convolution as the caller wrote it.
+
+    Each function that it calls costs a microsecond once its code has left the caches.
+    """
     try:
         call = structure.calls[input.shape, given]
+        first, second = structure.tensors
+        if call.versions is not None and call.versions != (first._version, second._version):
+            return None
     except (AttributeError, KeyError, TypeError):  # not a tensor, not known, a list
         return None
-    if call.versions != sparse_kernels.versions(structure.tensors) or not _exact(given):
+    for value in given:
+        if type(value) is not int and not (type(value) is tuple and _exact(value)):
+            return None
+    if not plain(input, weight, bias):
         return None
-    if not plain(input, weight, bias) or not (bias is None or _fits(bias, call.dtype, structure)):
+    graph = _grad_enabled() and _differentiated(input, weight, bias)
+    halves = call.dtype is not torch.float32
+    if halves and bias is not None and bias.dtype is not call.dtype:
         return None
-    graph, halves = _differentiated(input, weight, bias), call.dtype is not torch.float32
     # One of these at most: kernels round each step of an epilogue to float32, and gradients are of plain float32 calls.
     if graph + halves + (epilogue is not None) > 1:
         return None
-    after = sparse_kernels.PLAIN if epilogue is None else _after(epilogue, *call.output)
+    after = sparse_kernels.PLAIN if epilogue is None else _after(epilogue, call.shape, call.strides)
     if after is None:
         return None
     try:
         if graph:
             return SparseProduct.apply(input, weight, bias, call, structure)
-        added = bias.float() if halves and bias is not None else bias
-        return sparse_kernels.product(input, weight, call.plan, added, *after)
-    except (_DoesNotFit, NotImplementedError):  # the latter from the dispatcher: not dense, not on CPU
+        return call.run(input, weight, bias.float() if halves and bias is not None else bias, *after)
+    except RuntimeError:  # not dense, not on CPU, a bias of another size: the checks will tell
         return None
 
 
@@ -170,9 +199,11 @@ def remember(
     """Keep a call that passed all checks, if its like may skip them; operands must be dense as they are."""
     if not (_exact(given) and type(structure) is SparseStructure and compiled_product(input, weight, bias)):
         return
-    if not plain(input, weight, bias):
+    uncounted, *other = {t.is_inference() for t in structure.tensors}
+    if other or not plain(input, weight, bias):
         return
     sparse = sparse_kernels.Weight(weight, structure.tensors, structure.layout, structure.shape, structure.groups)
-    plan, output = sparse.plan("product", input, result, geometry), (result.shape, result.stride())
-    call = Call(sparse_kernels.versions(structure.tensors), input.dtype, plan, output, backward)
+    plan = sparse.plan("product", input, result, geometry)
+    versions = None if uncounted else sparse_kernels.versions(structure.tensors)
+    call = Call(versions, input.dtype, plan, tuple(result.shape), result.stride(), backward)
     sparse_kernels.remember(structure.calls, (input.shape, given), call)
