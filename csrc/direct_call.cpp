@@ -61,6 +61,7 @@ PyObject* product(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 }
 
 // (Tensor.__dlpack_c_exchange_api__, address of sparsekern_product, Tensor, Parameter) -> bool: whether it will do.
+// They stay as long as the process.
 PyObject* connect(PyObject*, PyObject* arguments) {
   PyObject *capsule, *address;
   PyObject *tensor, *parameter;

@@ -1,6 +1,5 @@
 """Registers operators with the dispatcher and loads the compiled kernels where they were built."""
 
-import ctypes
 import json
 import os
 import warnings
@@ -9,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from sparsekern import _direct
 
 _definitions = torch.library.Library("sparsekern", "DEF")
 OPS: dict[str, Callable[..., Any]] = {}
@@ -20,10 +21,6 @@ SERVED_ON_CUDA: dict[str, Callable[..., Any]] = {}
 SETTINGS = ("auto", "cuda", "triton", "reference")
 """What SPARSEKERN_BACKEND may be."""
 kernels_loaded = False
-direct_product: Callable[..., bool] | None = None
-"""The kernel of sparse_conv2d and sparse_linear without the dispatcher."""
-direct_obstacle = "the compiled kernels are not in use"
-"""Why there is none, '' if there is."""
 cuda_obstacle = "SPARSEKERN_BACKEND=reference is set"
 """Why the CUDA kernels are not in use, '' if they are (which needs no GPU)."""
 cuda_operators: frozenset[str] = frozenset()
@@ -135,27 +132,8 @@ def _load() -> str:
     missing = [name for name in NATIVE if not has_kernel(name, "CPU")]
     kernels_loaded = not missing
     if kernels_loaded:
-        global direct_obstacle
-        direct_obstacle = _connect(found[0])
+        _direct.connect(found[0])
     return f"{found[0].name} is older than the Python code, it lacks {', '.join(missing)}; reinstall" if missing else ""
-
-
-def _connect(library: Path) -> str:
-    """Let `_C`, which reads tensors, call the library; '' or why it cannot."""
-    global direct_product
-    capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-    if capsule is None:
-        return f"torch {torch.__version__} lacks DLPack's C functions, 2.11 has them"
-    try:
-        from sparsekern import _C
-
-        address = ctypes.cast(ctypes.CDLL(str(library)).sparsekern_product, ctypes.c_void_p).value
-        if not _C.connect(capsule, address, torch.Tensor, torch.nn.Parameter):
-            return f"torch {torch.__version__} has another version of DLPack's C functions"
-        direct_product = _C.product
-    except (ImportError, AttributeError) as error:
-        return f"the module _C is missing or was built with an older torch ({error})"
-    return ""
 
 
 def _failure_to_load(library: Path) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import sparsekern as sk
-from sparsekern import _library, backends, layer_choices
+from sparsekern import _direct, _library, backends, layer_choices
 from sparsekern.nn import roofline
 
 VARIABLES = ("SPARSEKERN_BACKEND", "SPARSEKERN_CPU_ISA", "SPARSEKERN_CUDA")
@@ -90,8 +90,8 @@ def degradations() -> list[str]:
     if _module() is None and not sk.degradation:
         why = _library.build_info().get("decisions", {}).get("_C", "it was not built")
         found.append(f"the module _C is missing ({why}): small sparse layers take longer and this report tells less")
-    elif _library.direct_obstacle and not sk.degradation:
-        found.append(f"small sparse layers are called through the dispatcher: {_library.direct_obstacle}")
+    elif _direct.obstacle and not sk.degradation:
+        found.append(f"small sparse layers are called through the dispatcher: {_direct.obstacle}")
     return found
 
 
@@ -120,7 +120,7 @@ def _machine() -> Iterator[tuple[str, str]]:
         has, lacks = ([name for name, there in features.items() if there is wanted] for wanted in (True, False))
         yield "features", " ".join(has) + (f"; without {' '.join(lacks)}" if lacks else "") if features else "none"
     yield "kernels use", "nothing" if sk.degradation else torch.ops.sparsekern.cpu_isa()
-    yield "small layers", f"through the dispatcher: {why}" if (why := _library.direct_obstacle) else "called directly"
+    yield "small layers", f"through the dispatcher: {why}" if (why := _direct.obstacle) else "called directly"
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     yield "GPU", ", ".join(gpus) or "none visible"
 

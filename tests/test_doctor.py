@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import sparsekern as sk
-from sparsekern import _library, backends, cli, doctor, layer_choices
+from sparsekern import _direct, _library, backends, cli, doctor, layer_choices
 
 STEP_AND_DOCTOR = """
 import torch, sparsekern as sk
@@ -136,14 +136,18 @@ def test_library_older_than_the_python_code_is_not_trusted(monkeypatch):
 def test_small_layers_are_called_directly_or_it_is_told_why_not(monkeypatch):
     pytest.importorskip("sparsekern._C", reason="_C was not built: no Python headers or pybind11")
     library = next((ROOT / "sparsekern").glob("_ops*.so"))
-    for name in ("direct_product", "direct_obstacle"):
-        monkeypatch.setattr(_library, name, getattr(_library, name))
+    for name in ("product", "obstacle"):
+        monkeypatch.setattr(_direct, name, getattr(_direct, name))
     has = hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
-    assert (_library.direct_product is None) != has and bool(_library._connect(library)) != has
+    assert (_direct.product is None) != has and (_direct.obstacle == "") == has
     assert dict(doctor._machine())["small layers"].startswith("called directly" if has else "through the dispatcher")
     monkeypatch.setattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-    monkeypatch.setattr(_library, "direct_obstacle", _library._connect(library))
-    assert any("lacks DLPack's C functions, 2.11 has them" in text for text in doctor.degradations())
+    try:
+        _direct.connect(library)
+        assert any("lacks DLPack's C functions" in text for text in doctor.degradations())
+    finally:
+        monkeypatch.undo()
+        _direct.connect(library)
 
 
 def test_a_gpu_without_kernels_is_told_with_the_reason(monkeypatch):

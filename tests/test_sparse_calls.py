@@ -12,7 +12,7 @@ from test_sparse_packed import layer
 from torch.utils.flop_counter import FlopCounterMode
 
 import sparsekern as sk
-from sparsekern import _library
+from sparsekern import _direct, _library
 from sparsekern.ops import sparse_calls, sparse_kernels
 
 
@@ -22,8 +22,8 @@ def native_isa(request, monkeypatch):
     if not _library.kernels_loaded:
         pytest.skip("no compiled kernels")
     if request.param == "dispatched":
-        monkeypatch.setattr(_library, "direct_product", None)
-    elif _library.direct_product is None:
+        monkeypatch.setattr(_direct, "product", None)
+    elif _direct.product is None:
         pytest.skip("no direct calls: torch 2.10, or _C was not built")
     before = torch.ops.sparsekern.cpu_isa()
     yield before

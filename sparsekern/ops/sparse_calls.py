@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad, profiler
+from torch.autograd import profiler
 
-from sparsekern import _library
+from sparsekern import _direct
 from sparsekern.ops import sparse_kernels
-from sparsekern.ops.epilogue import BOUNDS, Epilogue
+from sparsekern.ops.epilogue import BOUNDS, UNBOUNDED, Epilogue
 from sparsekern.ops.sparse_operands import compiled_product
 from sparsekern.ops.sparse_structure import SparseStructure
 
@@ -44,12 +44,12 @@ class Call:
         low: float,
         high: float,
     ) -> Tensor | None:
-        """The result, if operands are of the same dtypes and lie the same way: the kernel sees that."""
-        direct = _library.direct_product
-        if direct is None or profiler._is_profiler_enabled:  # only what the dispatcher runs is seen by a profiler
+        """The result, if operands, which are plain, are of the same dtypes and lie the same way."""
+        if _direct.product is None or profiler._is_profiler_enabled:
             return sparse_kernels.product(input, weight, self.plan, bias, scale, residual, low, high)
-        result = _empty(self.shape, self.strides, self.dtype)
-        return result if direct(input, weight, self.plan, bias, scale, residual, result, low, high) else None
+        result = _direct.empty_strided(self.shape, self.strides, self.dtype)
+        done = _direct.product(input, weight, self.plan, bias, scale, residual, result, low, high)
+        return result if done else None
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class SparseProduct(torch.autograd.Function):
     def forward(
         ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, call: Call, structure: SparseStructure
     ) -> Tensor:
-        result = call.run(input, weight, bias, *sparse_kernels.PLAIN)
+        result = call.run(input, weight, bias, None, None, *UNBOUNDED)
         if result is None:
             raise _DoesNotFit
         ctx.save_for_backward(input, weight, *structure.tensors)
@@ -81,7 +81,7 @@ class SparseProduct(torch.autograd.Function):
         input, weight, *structure = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
         # Past the dispatcher where nobody looks and no graph of the gradients is asked for.
-        direct = plain(grad) and not torch.is_grad_enabled()
+        direct = _direct.plain(grad) and not torch.is_grad_enabled()
         run = ctx.backward.served if direct else ctx.backward.operator
         found = run(grad, input, weight, structure, ctx.layout, *ctx.backward.geometry, needs, ctx.shape)
         return *(g if need else None for g, need in zip(found, needs, strict=True)), None, None
@@ -91,29 +91,7 @@ class _DoesNotFit(RuntimeError):
     """The kept plan is for other operands or another instruction set."""
 
 
-# Found once: when a small layer runs in a large network, what Python looks up has left the caches since its last call.
-_is_dynamo, _tracing = torch.compiler.is_dynamo_compiling, torch._C._get_tracing_state
-_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
-_transforms, _grad_enabled = torch._C._functorch.peek_interpreter_stack, torch.is_grad_enabled
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def _empty_strided(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.empty_strided(shape, strides, dtype=dtype)
-
-
-# What compiled graphs of torch call, without its dispatcher.
-_empty = getattr(torch._C._dynamo.guards, "_empty_strided_cpu", _empty_strided)
-
-
-def plain(*tensors: Tensor | None) -> bool:
-    """Ordinary tensors that hold their own values, and nothing that records or transforms operators."""
-    if _is_dynamo() or _dispatch_modes() or _function_modes() or _tracing() is not None or _transforms() is not None:
-        return False
-    for t in tensors:  # a generator would cost more than the checks
-        if t is not None and (type(t) not in _PLAIN or t.is_neg()):
-            return False
-    return forward_ad._current_level < 0
+_grad_enabled = torch.is_grad_enabled  # found once: what Python looks up has left the caches, too
 
 
 def _differentiated(*tensors: Tensor | None) -> bool:
@@ -132,18 +110,6 @@ def _exact(given: tuple[Any, ...]) -> bool:
     return True
 
 
-def _after(epilogue: Epilogue, shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[Any, ...] | None:
-    """What the kernel takes of an epilogue, None if it does not."""
-    operands = epilogue.scale, epilogue.residual
-    if epilogue.activation not in BOUNDS or not plain(*operands):
-        return None
-    if _grad_enabled() and _differentiated(*operands):
-        return None
-    if not all(t is None or (t.is_cpu and t.dtype is torch.float32) for t in operands):
-        return None
-    return epilogue.for_kernel(shape, strides)
-
-
 def repeat(
     input: Tensor,
     weight: Tensor,
@@ -152,38 +118,27 @@ def repeat(
     given: tuple[Any, ...],
     epilogue: Epilogue | None = None,
 ) -> Tensor | None:
-    """The result, if an equal call is known; ``given`` is the geometry of a convolution as the caller wrote it.
-
-    Each function that it calls costs a microsecond once its code has left the caches.
-    """
+    """The result, if an equal call is known; ``given`` is the geometry of a convolution as the caller wrote it."""
     try:
         call = structure.calls[input.shape, given]
         first, second = structure.tensors
         if call.versions is not None and call.versions != (first._version, second._version):
             return None
-    except (AttributeError, KeyError, TypeError):  # not a tensor, not known, a list
-        return None
-    for value in given:
-        if type(value) is not int and not (type(value) is tuple and _exact(value)):
+        scale, residual, bounds, halves = None, None, UNBOUNDED, call.dtype is not torch.float32
+        if epilogue is not None:
+            scale, residual, bounds = epilogue.scale, epilogue.residual, BOUNDS[epilogue.activation]
+        if not (_exact(given) and _direct.plain(input, weight, bias, scale, residual)):
             return None
-    if not plain(input, weight, bias):
-        return None
-    graph = _grad_enabled() and _differentiated(input, weight, bias)
-    halves = call.dtype is not torch.float32
-    if halves and bias is not None and bias.dtype is not call.dtype:
-        return None
-    # One of these at most: kernels round each step of an epilogue to float32, and gradients are of plain float32 calls.
-    if graph + halves + (epilogue is not None) > 1:
-        return None
-    after = sparse_kernels.PLAIN if epilogue is None else _after(epilogue, call.shape, call.strides)
-    if after is None:
-        return None
-    try:
-        if graph:
+        if halves and (epilogue is not None or (bias is not None and bias.dtype is not call.dtype)):
+            return None  # kernels round each step of an epilogue to float32
+        if not (_grad_enabled() and _differentiated(input, weight, bias, scale, residual)):
+            added = bias.float() if halves and bias is not None else bias
+            return call.run(input, weight, added, scale, residual, *bounds)
+        if epilogue is None and not halves:
             return SparseProduct.apply(input, weight, bias, call, structure)
-        return call.run(input, weight, bias.float() if halves and bias is not None else bias, *after)
-    except RuntimeError:  # not dense, not on CPU, a bias of another size: the checks will tell
-        return None
+    except (AttributeError, KeyError, TypeError, RuntimeError):
+        pass  # not tensors, not known, a list, not on CPU, a bias of another size: the checks will tell
+    return None
 
 
 def remember(
@@ -200,7 +155,7 @@ def remember(
     if not (_exact(given) and type(structure) is SparseStructure and compiled_product(input, weight, bias)):
         return
     uncounted, *other = {t.is_inference() for t in structure.tensors}
-    if other or not plain(input, weight, bias):
+    if other or not _direct.plain(input, weight, bias):
         return
     sparse = sparse_kernels.Weight(weight, structure.tensors, structure.layout, structure.shape, structure.groups)
     plan = sparse.plan("product", input, result, geometry)
