@@ -1,5 +1,4 @@
-// The way from Python to the operator library without torch's dispatcher: tensors come through DLPack's C functions,
-// which torch offers from 2.11 on.
+// The way from Python to the operator library without torch's dispatcher: tensors come through DLPack's C functions.
 #include "direct_call.h"
 
 #include <ATen/dlpack.h>
@@ -7,8 +6,6 @@
 
 namespace sparsekern {
 namespace {
-
-#if DLPACK_MAJOR_VERSION == 1 && DLPACK_MINOR_VERSION >= 3
 
 DLPackDLTensorFromPyObjectNoSync read = nullptr;
 DirectProduct run = nullptr;
@@ -83,12 +80,6 @@ PyMethodDef functions[] = {
     {"connect", connect, METH_VARARGS, nullptr},
     {},
 };
-
-#else  // torch 2.10
-
-PyMethodDef functions[] = {{}};
-
-#endif
 
 }  // namespace
 

@@ -45,9 +45,9 @@ def connect(library: Path) -> None:
     global obstacle, product
     capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if capsule is None:
-        obstacle = f"torch {torch.__version__} lacks DLPack's C functions, which 2.11 has"
+        obstacle = f"torch {torch.__version__} lacks DLPack's C functions"
     elif not hasattr(_C, "connect"):
-        obstacle = "the module _C is missing" if _C is None else "the module _C was built with an older torch"
+        obstacle = "the module _C is missing" if _C is None else "the module _C is of an older build"
     else:
         address = ctypes.cast(ctypes.CDLL(str(library)).sparsekern_product, ctypes.c_void_p).value
         fits = _C.connect(capsule, address, *_PLAIN)
