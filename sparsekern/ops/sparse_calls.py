@@ -7,8 +7,8 @@ it is kept with the structure's plans.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,7 +32,9 @@ class Call:
     plan: Tensor
     shape: tuple[int, ...]  # of the result
     strides: tuple[int, ...]
+    geometry: tuple[int, ...]
     backward: Backward
+    plans: dict[str, Tensor] = field(default_factory=dict)  # of gradients
 
     def run(
         self,
@@ -51,14 +53,37 @@ class Call:
         done = _direct.product(input, weight, self.plan, bias, scale, residual, result, low, high)
         return result if done else None
 
+    def gradients(
+        self, grad: Tensor, input: Tensor, weight: Tensor, structure: SparseStructure, needs: Sequence[bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Those of input, weight and bias that are needed; nobody watches, and no graph of them is asked for."""
+        if grad.stride() != self.strides:
+            grad = _direct.empty_strided(self.shape, self.strides, self.dtype).copy_(grad)
+        sparse = sparse_kernels.Weight(weight, structure.tensors, structure.layout, structure.shape, structure.groups)
+        rows, columns, channel = None, None, 1 if self.geometry else grad.dim() - 1
+        if needs[0]:
+            rows = torch.empty_like(input)
+            self._run("input", sparse, rows, grad, lambda plan: sparse_kernels.input_gradient(rows, grad, weight, plan))
+        if needs[1]:
+            columns = torch.empty_like(weight)
+            self._run(
+                "weight", sparse, input, grad, lambda plan: sparse_kernels.weight_gradient(columns, grad, input, plan)
+            )
+        others = [i for i in range(grad.dim()) if i != channel]
+        return rows, columns, grad.sum(others) if needs[2] else None
+
+    def _run(self, kind: str, sparse: sparse_kernels.Weight, image: Tensor, grad: Tensor, run: Any) -> None:
+        plan = self.plans.get(kind)
+        if plan is None or not run(plan):  # or made for another instruction set
+            sparse.run(kind, image, grad, self.geometry, run)
+            self.plans[kind] = sparse.plan(kind, image, grad, self.geometry)
+
 
 @dataclass(frozen=True)
 class Backward:
-    """The gradient of a call: ``operator`` of the dispatcher, as it is ``served`` on CPU, and the arguments that it
-    takes before ``needs``."""
+    """The ``operator`` for the gradient of a call, and what it takes before ``needs``."""
 
     operator: Callable[..., Any]
-    served: Callable[..., Any]
     geometry: tuple[Any, ...]
 
 
@@ -73,17 +98,17 @@ class SparseProduct(torch.autograd.Function):
         if result is None:
             raise _DoesNotFit
         ctx.save_for_backward(input, weight, *structure.tensors)
-        ctx.backward, ctx.layout, ctx.shape = call.backward, structure.layout, structure.shape
+        ctx.call, ctx.structure = call, structure
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, *structure = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad[:3])
-        # Past the dispatcher where nobody looks and no graph of the gradients is asked for.
-        direct = _direct.plain(grad) and not torch.is_grad_enabled()
-        run = ctx.backward.served if direct else ctx.backward.operator
-        found = run(grad, input, weight, structure, ctx.layout, *ctx.backward.geometry, needs, ctx.shape)
+        input, weight, *tensors = ctx.saved_tensors
+        call, structure, needs = ctx.call, ctx.structure, list(ctx.needs_input_grad[:3])
+        if _direct.plain(grad) and not torch.is_grad_enabled():
+            return *call.gradients(grad, input, weight, structure, needs), None, None
+        operator, geometry = call.backward.operator, call.backward.geometry
+        found = operator(grad, input, weight, tensors, structure.layout, *geometry, needs, structure.shape)
         return *(g if need else None for g, need in zip(found, needs, strict=True)), None, None
 
 
@@ -160,5 +185,5 @@ def remember(
     sparse = sparse_kernels.Weight(weight, structure.tensors, structure.layout, structure.shape, structure.groups)
     plan = sparse.plan("product", input, result, geometry)
     versions = None if uncounted else sparse_kernels.versions(structure.tensors)
-    call = Call(versions, input.dtype, plan, tuple(result.shape), result.stride(), backward)
+    call = Call(versions, input.dtype, plan, tuple(result.shape), result.stride(), geometry, backward)
     sparse_kernels.remember(structure.calls, (input.shape, given), call)
