@@ -1,5 +1,5 @@
-"""Builds the compiled pieces, all optional: the operators for CPU (`_ops`) and for CUDA (`_cuda`), and `_C`, build
-information for the doctor.
+"""Builds the compiled pieces, all optional: the operators for CPU (`_ops`) and for CUDA (`_cuda`), and `_C`, direct
+calls of small layers and build information for the doctor.
 
 `_ops` is host code on libtorch's stable ABI and one object per instruction set without torch; it has no Python symbol.
 `_cuda` likewise, with one object per file of kernels.
@@ -38,7 +38,7 @@ def extensions(cpp, torch_cuda, decisions):
     cuda, decisions["CUDA"] = toolchain.cuda_decision(torch_cuda, command)
     decisions["kernels"] = f"{', '.join(ISA_FLAGS)}; {about}" if command else f"none, slow PyTorch references: {about}"
     obstacle = toolchain.module_obstacle() if command else about
-    decisions["_C"] = f"none, the doctor shows less: {obstacle}" if obstacle else "built"
+    decisions["_C"] = f"none, small layers take longer and the doctor shows less: {obstacle}" if obstacle else "built"
     if not command:
         return []
     # The scripts folder: ninja of an environment that is not activated.
@@ -55,8 +55,9 @@ def extensions(cpp, torch_cuda, decisions):
         import pybind11
 
         flags = [*FLAGS, f'-DSPARSEKERN_ISAS="{" ".join(ISA_FLAGS)}"']
-        include = [pybind11.get_include()]
-        found.append(Extension("sparsekern._C", ["csrc/module.cpp"], include_dirs=include, extra_compile_args=flags))
+        include = [pybind11.get_include(), *cpp.include_paths()]
+        sources = ["csrc/direct_call.cpp", "csrc/module.cpp"]
+        found.append(Extension("sparsekern._C", sources, include_dirs=include, extra_compile_args=flags))
     return found
 
 

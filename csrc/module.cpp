@@ -1,7 +1,11 @@
-// sparsekern._C: what the doctor tells beyond the operators. Nothing else needs it, and nothing here needs torch.
+// sparsekern._C: direct calls, and what the doctor tells beyond the operators. Nothing needs it, and it links no torch.
 #include <pybind11/pybind11.h>
 
 #include <string>
+
+namespace sparsekern {
+int add_direct_calls(PyObject* module);
+}
 
 namespace py = pybind11;
 
@@ -45,4 +49,5 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "Build information and CPU features of sparsekern, for `python -m sparsekern doctor`.";
   module.def("build_info", &build_info, "Compiler, C++ standard and the instruction sets that were built.");
   module.def("cpu_features", &cpu_features, "Instruction sets of this CPU by name; empty where it is not x86-64.");
+  if (sparsekern::add_direct_calls(module.ptr())) throw py::error_already_set();
 }

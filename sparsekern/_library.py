@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from sparsekern import _direct
+
 _definitions = torch.library.Library("sparsekern", "DEF")
 OPS: dict[str, Callable[..., Any]] = {}
 """Name of each operator -> its plain PyTorch reference."""
@@ -129,6 +131,8 @@ def _load() -> str:
     kernels_loaded = True
     missing = [name for name in NATIVE if not has_kernel(name, "CPU")]
     kernels_loaded = not missing
+    if kernels_loaded:
+        _direct.connect(found[0])
     return f"{found[0].name} is older than the Python code, it lacks {', '.join(missing)}; reinstall" if missing else ""
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import sparsekern as sk
-from sparsekern import _library, backends, layer_choices
+from sparsekern import _direct, _library, backends, layer_choices
 from sparsekern.nn import roofline
 
 VARIABLES = ("SPARSEKERN_BACKEND", "SPARSEKERN_CPU_ISA", "SPARSEKERN_CUDA")
@@ -89,7 +89,9 @@ def degradations() -> list[str]:
     found += _gpus_without_code()
     if _module() is None and not sk.degradation:
         why = _library.build_info().get("decisions", {}).get("_C", "it was not built")
-        found.append(f"the module _C is missing ({why}); only details of this report are lost")
+        found.append(f"the module _C is missing ({why}): small sparse layers take longer and this report tells less")
+    elif _direct.obstacle and not sk.degradation:
+        found.append(f"small sparse layers are called through the dispatcher: {_direct.obstacle}")
     return found
 
 
@@ -118,6 +120,7 @@ def _machine() -> Iterator[tuple[str, str]]:
         has, lacks = ([name for name, there in features.items() if there is wanted] for wanted in (True, False))
         yield "features", " ".join(has) + (f"; without {' '.join(lacks)}" if lacks else "") if features else "none"
     yield "kernels use", "nothing" if sk.degradation else torch.ops.sparsekern.cpu_isa()
+    yield "small layers", f"through the dispatcher: {why}" if (why := _direct.obstacle) else "called directly"
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     yield "GPU", ", ".join(gpus) or "none visible"
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import sparsekern as sk
-from sparsekern import _library, backends, cli, doctor, layer_choices
+from sparsekern import _direct, _library, backends, cli, doctor, layer_choices
 
 STEP_AND_DOCTOR = """
 import torch, sparsekern as sk
@@ -130,6 +130,16 @@ def test_library_older_than_the_python_code_is_not_trusted(monkeypatch):
     monkeypatch.setitem(_library.NATIVE, "topk_mask", "cpu_isa")  # has no kernel for the key "CPU"
     assert "older than the Python code, it lacks topk_mask" in _library._load()
     assert not _library.kernels_loaded and not _library.has_kernel("masked_sgd_", "CPU")
+
+
+@compiled
+def test_small_layers_are_called_directly_or_it_is_told_why_not(monkeypatch):
+    pytest.importorskip("sparsekern._C", reason="_C was not built: no Python headers or pybind11")
+    assert _direct.product and dict(doctor._machine())["small layers"] == "called directly"
+    monkeypatch.setattr(_direct, "obstacle", "")
+    monkeypatch.setattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    _direct.connect(next((ROOT / "sparsekern").glob("_ops*.so")))
+    assert any("lacks DLPack's C functions" in text for text in doctor.degradations())
 
 
 def test_a_gpu_without_kernels_is_told_with_the_reason(monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sparsekern as sk
-from sparsekern.ops import sparse_kernels
+from sparsekern.ops import sparse_calls
 
 LAST = torch.channels_last
 CASES = [
@@ -60,8 +60,8 @@ def test_fused_equals_steps_bit_for_bit(backend, monkeypatch, case, pattern, aft
     if backend == "emulated-cuda":
         pytest.skip("no CUDA kernel")
     went = []
-    call = sparse_kernels.product
-    monkeypatch.setattr(sparse_kernels, "product", lambda *a: (went.append(a[5]), call(*a))[1])
+    run = sparse_calls.Call.run
+    monkeypatch.setattr(sparse_calls.Call, "run", lambda *a: (went.append(a[5]), run(*a))[1])
     for last in (False, True):
         args = operands(case, pattern, last)
         args[0][0, 0, 2, 2] = torch.nan

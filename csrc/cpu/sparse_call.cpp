@@ -29,17 +29,28 @@ Images rows_of(const Tensor& t) {
 
 }  // namespace
 
-bool Form::fits(const Tensor& t, ScalarType type) const {
-  if (t.scalar_type() != type || !t.is_cpu() || t.dim() != dims) return false;
-  const auto found = t.sizes(), steps = t.strides();
+bool Form::fits(const Operand& t, Number number) const {
+  if (!t.given || t.number != number || t.dims != dims) return false;
   for (int64_t i = 0; i < dims; ++i) {
-    if (found[i] != sizes[i] || (steps[i] != strides[i] && sizes[i] != 1)) return false;
+    if (t.sizes[i] != sizes[i] || (t.strides[i] != strides[i] && sizes[i] != 1)) return false;
   }
   return true;
 }
 
-void Form::check(const Tensor& t, const char* name, ScalarType type) const {
-  STD_TORCH_CHECK(fits(t, type), "sparsekern: ", name, " does not lie as its plan says");
+void Form::check(const Operand& t, const char* name) const {
+  STD_TORCH_CHECK(fits(t, Number::kFloat32), "sparsekern: ", name, " does not lie as its plan says");
+}
+
+Operand operand(const Tensor& t) {
+  Number number = Number::kOther;
+  if (t.is_cpu()) {
+    const ScalarType type = t.scalar_type();
+    if (type == ScalarType::Float) number = Number::kFloat32;
+    if (type == ScalarType::BFloat16) number = Number::kBFloat16;
+    if (type == ScalarType::Int) number = Number::kInt32;
+  }
+  return {const_cast<void*>(t.const_data_ptr()), t.sizes().data(), t.strides().data(),
+          static_cast<int32_t>(t.dim()),         number,           true};
 }
 
 void check_values(const Tensor& t, const char* name, int64_t dims, ScalarType type) {
@@ -93,11 +104,11 @@ SparseCall sparse_call(const Tensor& input, const Tensor& result, const Tensor& 
   return call;
 }
 
-SparseCall head(const Tensor& plan) {
-  check_ints(plan);
-  STD_TORCH_CHECK(plan.numel() >= kHeadInts, "sparsekern: plan is too small");
+SparseCall head(const Operand& plan) {
+  STD_TORCH_CHECK(plan.number == Number::kInt32 && plan.dims == 1 && plan.strides[0] == 1 && plan.sizes[0] >= kHeadInts,
+                  "sparsekern: plan must be contiguous, 1-d, int32, on CPU and have a head");
   SparseCall call;
-  std::memcpy(&call, plan.const_data_ptr<int32_t>(), sizeof call);
+  std::memcpy(&call, plan.data, sizeof call);
   return call;
 }
 
@@ -107,8 +118,8 @@ GradientAxis SparseCall::axis(int i) const {
   return {Axis(in.size[i], out.size[i], stride[i], padding[i], positions), in.size[i], kernel[i], dilation[i]};
 }
 
-PlanReader sets(const Tensor& plan) {
-  return PlanReader(plan.const_data_ptr<int32_t>() + kHeadInts, plan.numel() - kHeadInts);
+PlanReader sets(const Operand& plan) {
+  return PlanReader(static_cast<const int32_t*>(plan.data) + kHeadInts, plan.sizes[0] - kHeadInts);
 }
 
 }  // namespace sparsekern

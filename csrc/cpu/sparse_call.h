@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "../direct_call.h"
 #include "sparse_gradient.h"
 
 namespace sparsekern {
@@ -17,11 +18,14 @@ using Ints = std::vector<int64_t>;
 struct Form {
   int64_t dims, sizes[4], strides[4];
 
-  // Whether `t` is like this, of `type` and on CPU.
-  bool fits(const Tensor& t, ScalarType type) const;
-  // Raises unless it is.
-  void check(const Tensor& t, const char* name, ScalarType type = ScalarType::Float) const;
+  // Whether `t` is like this and has such numbers.
+  bool fits(const Operand& t, Number number) const;
+  // Raises unless it is like this, of float32.
+  void check(const Operand& t, const char* name) const;
 };
+
+// What is not on a CPU has numbers of another kind.
+Operand operand(const Tensor& t);
 
 // Raises unless `t` is of `type`, on CPU and of `dims` dims.
 void check_values(const Tensor& t, const char* name, int64_t dims, ScalarType type);
@@ -41,7 +45,7 @@ struct SparseCall {
   int64_t kernel[2], stride[2], padding[2], dilation[2];
   bool bfloat16;
 
-  ScalarType type() const { return bfloat16 ? ScalarType::BFloat16 : ScalarType::Float; }
+  Number number() const { return bfloat16 ? Number::kBFloat16 : Number::kFloat32; }
   GradientAxis axis(int i) const;
   Grid grid() const { return Grid(axis(0).forward, axis(1).forward, in.count, limits().lanes); }
   Plan tiles(const Grid& grid) const { return Plan(grid, in.channels, shape.tall, in.strides, !bfloat16); }
@@ -54,10 +58,10 @@ SparseCall sparse_call(const Tensor& input, const Tensor& result, const Tensor& 
                        const std::string& layout, Ints shape, Ints geometry, int64_t groups);
 
 // The head of a plan, which is as many numbers.
-SparseCall head(const Tensor& plan);
+SparseCall head(const Operand& plan);
 constexpr int64_t kHeadInts = sizeof(SparseCall) / sizeof(int32_t);
 
 // The sets behind it.
-PlanReader sets(const Tensor& plan);
+PlanReader sets(const Operand& plan);
 
 }  // namespace sparsekern

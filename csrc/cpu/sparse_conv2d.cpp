@@ -64,99 +64,125 @@ std::optional<Tensor> sparse_plan_cpu(std::string pass, Tensor input, Tensor res
 }
 
 // A contiguous vector with an entry per output channel, or null.
-const float* per_output(const std::optional<Tensor>& t, const char* name, const SparseShape& w) {
-  if (!t) return nullptr;
-  check_values(*t, name, 1, ScalarType::Float);
-  STD_TORCH_CHECK(t->is_contiguous() && t->numel() == w.outputs, "sparsekern: ", name, " must have ", w.outputs,
-                  " contiguous entries");
-  return t->const_data_ptr<float>();
+const float* per_output(const Operand& t, const char* name, const SparseShape& w) {
+  if (!t.given) return nullptr;
+  STD_TORCH_CHECK(t.number == Number::kFloat32 && t.dims == 1 && t.sizes[0] == w.outputs && t.strides[0] == 1,
+                  "sparsekern: ", name, " must have ", w.outputs, " contiguous entries of float32 on CPU");
+  return static_cast<const float*>(t.data);
 }
 
-const float* residual_of(const std::optional<Tensor>& t, const Form& result) {
-  if (!t) return nullptr;
-  result.check(*t, "residual");
-  return t->const_data_ptr<float>();
+// T is the type of input, weight and result; `sparse` lacks its values.
+template <class T>
+void multiply_images(const SparseCall& call, const Grid& grid, const Plan& tiles, const ProductOperands& given,
+                     SparseRows sparse, const PlannedRows& rows, void* result) {
+  thread_local Buffer<float> buffer;
+  const T* const values = static_cast<const T*>(given.weight.data);
+  if constexpr (std::is_same_v<T, float>) sparse.values = values;
+  if (given.weight.dims > 1 || !sparse.values) sparse.values = gather_values(rows, call.shape, values, buffer);
+  const Image<const T> from{static_cast<const T*>(given.input.data), call.in.strides};
+  const Image<T> to{static_cast<T*>(result), call.out.strides};
+  multiply(grid, tiles, from, call.in.channels, sparse, rows.rows, to, static_cast<const float*>(given.residual.data));
+}
+
+// False if the plan is for other operands, or for tiles of another instruction set; else `allocate` gives memory for
+// the result.
+template <class Allocate>
+bool product(const ProductOperands& given, Allocate allocate) {
+  const SparseCall call = head(given.plan);
+  const SparseShape& w = call.shape;
+  if (!call.input.fits(given.input, call.number()) || !call.weight.fits(given.weight, call.number())) return false;
+  if (given.residual.given) {
+    STD_TORCH_CHECK(!call.bfloat16, "sparsekern: residual must be none with bfloat16");
+    call.result.check(given.residual, "residual");
+  }
+  const SparseEpilogue epilogue{per_output(given.scale, "scale", w), static_cast<float>(given.low),
+                                static_cast<float>(given.high)};
+  const float* const bias = per_output(given.bias, "bias", w);
+  const Grid grid = call.grid();
+  Plan tiles = call.tiles(grid);
+  PlannedRows rows;
+  if (!sets(given.plan).next(w.block_rows(), rows) || !tiles.agree(rows.width)) return false;
+  const SparseRows sparse{rows.pointers, rows.activations, nullptr, bias, 0, w.tall, w.wide, true, epilogue};
+  void* const result = allocate(call);
+  if (!result) return false;
+  if (call.bfloat16) {
+    multiply_images<BFloat16>(call, grid, tiles, given, sparse, rows, result);
+  } else {
+    multiply_images<float>(call, grid, tiles, given, sparse, rows, result);
+  }
+  return true;
 }
 
 // Without values yet. torch's stable C++ has no such function.
-Tensor empty_strided(const Form& form, ScalarType type) {
+Tensor empty_strided(const Form& form, bool bfloat16) {
   AtenTensorHandle handle;
-  const int32_t dtype = type == ScalarType::Float ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16();
+  const int32_t dtype = bfloat16 ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float32();
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(form.dims, form.sizes, form.strides, dtype, aoti_torch_device_type_cpu(), -1, &handle));
   return Tensor(handle);
 }
 
-// T is the type of input, weight and result; `sparse` lacks its values.
-template <class T>
-void multiply_images(const SparseCall& call, const Grid& grid, const Plan& tiles, const Tensor& input,
-                     const Tensor& weight, SparseRows sparse, const PlannedRows& rows, Tensor& result,
-                     const float* residual) {
-  thread_local Buffer<float> buffer;
-  const T* const values = static_cast<const T*>(weight.const_data_ptr());
-  if constexpr (std::is_same_v<T, float>) sparse.values = values;
-  if (weight.dim() > 1 || !sparse.values) sparse.values = gather_values(rows, call.shape, values, buffer);
-  const Image<const T> from{static_cast<const T*>(input.const_data_ptr()), call.in.strides};
-  const Image<T> to{static_cast<T*>(result.mutable_data_ptr()), call.out.strides};
-  multiply(grid, tiles, from, call.in.channels, sparse, rows.rows, to, residual);
-}
+Operand operand(const std::optional<Tensor>& t) { return t ? sparsekern::operand(*t) : Operand{}; }
 
-// None if the plan is for other operands, or for tiles of another instruction set.
+// None where `product` is false.
 std::optional<Tensor> sparse_product_cpu(Tensor input, Tensor weight, Tensor plan, std::optional<Tensor> bias,
                                          std::optional<Tensor> scale, std::optional<Tensor> residual, double low,
                                          double high) {
-  const SparseCall call = head(plan);
-  const SparseShape& w = call.shape;
-  if (!call.input.fits(input, call.type()) || !call.weight.fits(weight, call.type())) return std::nullopt;
-  STD_TORCH_CHECK(!call.bfloat16 || !residual, "sparsekern: residual must be none with bfloat16");
-  const SparseEpilogue epilogue{per_output(scale, "scale", w), static_cast<float>(low), static_cast<float>(high)};
-  const float *const added = per_output(bias, "bias", w), *const held = residual_of(residual, call.result);
-  const Grid grid = call.grid();
-  Plan tiles = call.tiles(grid);
-  PlannedRows rows;
-  if (!sets(plan).next(w.block_rows(), rows) || !tiles.agree(rows.width)) return std::nullopt;
-  const SparseRows sparse{rows.pointers, rows.activations, nullptr, added, 0, w.tall, w.wide, true, epilogue};
-  Tensor result = empty_strided(call.result, call.type());
-  if (call.bfloat16) {
-    multiply_images<BFloat16>(call, grid, tiles, input, weight, sparse, rows, result, nullptr);
-  } else {
-    multiply_images<float>(call, grid, tiles, input, weight, sparse, rows, result, held);
-  }
+  std::optional<Tensor> result;
+  const auto allocate = [&](const SparseCall& call) {
+    result = empty_strided(call.result, call.bfloat16);
+    return result->mutable_data_ptr();
+  };
+  product(
+      {operand(input), operand(weight), operand(plan), operand(bias), operand(scale), operand(residual), {}, low, high},
+      allocate);
   return result;
 }
 
 // `result` is stored as the weight is, output by output.
 bool sparse_weight_gradient_cpu(Tensor result, Tensor grad, Tensor input, Tensor plan) {
-  const SparseCall call = head(plan);
-  call.weight.check(result, "result");
-  call.result.check(grad, "grad");
-  call.input.check(input, "input");
+  const Operand planned = operand(plan);
+  const SparseCall call = head(planned);
+  call.weight.check(operand(result), "result");
+  call.result.check(operand(grad), "grad");
+  call.input.check(operand(input), "input");
   const SparseShape& w = call.shape;
   const int64_t row_size = result.dim() > 1 ? result.numel() / w.outputs : 0;
   STD_TORCH_CHECK(result.dim() == 1 || w.outputs == 1 || result.stride(0) == row_size,
                   "sparsekern: the outputs of a weight gradient must follow each other in memory");
   return sparse_weight_gradient(call.axis(0), call.axis(1), {input.const_data_ptr<float>(), call.in.strides}, w,
-                                sets(plan), {grad.const_data_ptr<float>(), call.out.strides},
+                                sets(planned), {grad.const_data_ptr<float>(), call.out.strides},
                                 result.mutable_data_ptr<float>(), row_size, call.in.count);
 }
 
 bool sparse_input_gradient_cpu(Tensor result, Tensor grad, Tensor weight, Tensor plan) {
-  const SparseCall call = head(plan);
-  call.input.check(result, "result");
-  call.result.check(grad, "grad");
-  call.weight.check(weight, "weight");
+  const Operand planned = operand(plan);
+  const SparseCall call = head(planned);
+  call.input.check(operand(result), "result");
+  call.result.check(operand(grad), "grad");
+  call.weight.check(operand(weight), "weight");
   const GradientAxis rows = call.axis(0), columns = call.axis(1);
   const int64_t images = call.in.count, lanes = limits().lanes;
   if (!fills_input_gradient(rows, columns, call.out.strides, call.shape, call.in.strides, images, lanes)) {
     torch::stable::zero_(result);
   }
-  return sparse_input_gradient(rows, columns, {grad.const_data_ptr<float>(), call.out.strides}, call.shape, sets(plan),
-                               weight.const_data_ptr<float>(), {result.mutable_data_ptr<float>(), call.in.strides},
-                               images, lanes);
+  return sparse_input_gradient(rows, columns, {grad.const_data_ptr<float>(), call.out.strides}, call.shape,
+                               sets(planned), weight.const_data_ptr<float>(),
+                               {result.mutable_data_ptr<float>(), call.in.strides}, images, lanes);
 }
 
 }  // namespace
 }  // namespace sparsekern
+
+// What raises is refused here, and raises when it comes through the dispatcher.
+extern "C" __attribute__((visibility("default"))) bool sparsekern_product(
+    const sparsekern::ProductOperands* given) noexcept try {
+  return sparsekern::product(*given, [&](const sparsekern::SparseCall& call) {
+    return call.result.fits(given->result, call.number()) ? given->result.data : nullptr;
+  });
+} catch (...) {
+  return false;
+}
 
 STABLE_TORCH_LIBRARY_IMPL(sparsekern, CPU, m) {
   m.impl("_sparse_plan_cpu", TORCH_BOX(&sparsekern::sparse_plan_cpu));

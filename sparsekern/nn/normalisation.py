@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from sparsekern._direct import plain
 from sparsekern.nn.swapping import STATE, Swapped, swap
 from sparsekern.ops.batch_norm import batch_norm, fits
-from sparsekern.ops.sparse_calls import plain
 
 _LEAST = 1 << 17
 """Numbers of an input from which on more is gained than the layers of Python here cost, 0.2 ms forward and backward."""

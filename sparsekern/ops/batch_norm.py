@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 
 from sparsekern import _library
+from sparsekern._direct import plain
 from sparsekern.ops.geometry import empty
-from sparsekern.ops.sparse_calls import plain
 
 SCHEMA = (
     "batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, bool relu, float eps)"

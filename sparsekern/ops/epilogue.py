@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-BOUNDS = {None: (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
+UNBOUNDED = -math.inf, math.inf
+BOUNDS = {None: UNBOUNDED, "relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,12 +52,3 @@ class Epilogue:
                 raise ValueError(f"{given}: expected {tuple(result.shape)}, that of the result")
             result = result + self.residual
         return result if self.activation is None else result.clamp(*BOUNDS[self.activation])
-
-    def for_kernel(self, shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[Any, ...] | None:
-        """What the kernel takes, or None if a shape or the memory does not fit the result's."""
-        scale, residual = self.scale, self.residual
-        if residual is not None and (residual.shape != shape or residual.stride() != strides):
-            return None
-        if scale is not None and (scale.shape != shape[1:2] or not scale.is_contiguous()):
-            return None
-        return scale, residual, *BOUNDS[self.activation]

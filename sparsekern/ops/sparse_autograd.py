@@ -26,7 +26,8 @@ def differentiate(name: str, backward: Any) -> None:
         needs = [bool(ctx.needs_input_grad[i]) for i in (0, 1, 4)]
         found = backward(grad, input, weight, structure, ctx.layout, *ctx.geometry, needs, ctx.shape)
         g = [t if need else None for t, need in zip(found, needs, strict=True)]
-        return g[0], g[1], [None] * len(structure), None, g[2], *[None] * len(ctx.geometry), None
+        grads = g[0], g[1], [None] * len(structure), None, g[2], *[None] * len(ctx.geometry), None
+        return grads[: len(ctx.needs_input_grad)]  # traced by torch 2.10, a shape left out is no input
 
     def refuse(ctx, *grads):
         raise NotImplementedError(f"{name} has no second derivative")

@@ -7,41 +7,83 @@ it is kept with the structure's plans.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.autograd import profiler
 
+from sparsekern import _direct
 from sparsekern.ops import sparse_kernels
-from sparsekern.ops.epilogue import BOUNDS, Epilogue
+from sparsekern.ops.epilogue import BOUNDS, UNBOUNDED, Epilogue
 from sparsekern.ops.sparse_operands import compiled_product
 from sparsekern.ops.sparse_structure import SparseStructure
 
 
 @dataclass(frozen=True)
 class Call:
-    """How to run a call again, as long as the structure's tensors are still of these versions.
+    """How to run a call again, as long as the structure's tensors are still of these versions; those of inference mode
+    count none."""
 
-    That the operands are of the same dtypes and lie the same way is seen by the kernel, which else does nothing.
-    """
-
-    versions: tuple[int, int]
+    versions: tuple[int, int] | None
     dtype: torch.dtype
     plan: Tensor
-    output: tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides
+    shape: tuple[int, ...]  # of the result
+    strides: tuple[int, ...]
+    geometry: tuple[int, ...]
     backward: Backward
+    plans: dict[str, Tensor] = field(default_factory=dict)  # of gradients
+
+    def run(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        residual: Tensor | None,
+        low: float,
+        high: float,
+    ) -> Tensor | None:
+        """The result, if operands, which are plain, are of the same dtypes and lie the same way."""
+        if _direct.product is None or profiler._is_profiler_enabled:
+            return sparse_kernels.product(input, weight, self.plan, bias, scale, residual, low, high)
+        result = _direct.empty_strided(self.shape, self.strides, self.dtype)
+        done = _direct.product(input, weight, self.plan, bias, scale, residual, result, low, high)
+        return result if done else None
+
+    def gradients(
+        self, grad: Tensor, input: Tensor, weight: Tensor, structure: SparseStructure, needs: Sequence[bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Those of input, weight and bias that are needed; nobody watches, and no graph of them is asked for."""
+        if grad.stride() != self.strides:
+            grad = _direct.empty_strided(self.shape, self.strides, self.dtype).copy_(grad)
+        sparse = sparse_kernels.Weight(weight, structure.tensors, structure.layout, structure.shape, structure.groups)
+        rows, columns, channel = None, None, 1 if self.geometry else grad.dim() - 1
+        if needs[0]:
+            rows = torch.empty_like(input)
+            self._run("input", sparse, rows, grad, lambda plan: sparse_kernels.input_gradient(rows, grad, weight, plan))
+        if needs[1]:
+            columns = torch.empty_like(weight)
+            self._run(
+                "weight", sparse, input, grad, lambda plan: sparse_kernels.weight_gradient(columns, grad, input, plan)
+            )
+        others = [i for i in range(grad.dim()) if i != channel]
+        return rows, columns, grad.sum(others) if needs[2] else None
+
+    def _run(self, kind: str, sparse: sparse_kernels.Weight, image: Tensor, grad: Tensor, run: Any) -> None:
+        plan = self.plans.get(kind)
+        if plan is None or not run(plan):  # or made for another instruction set
+            sparse.run(kind, image, grad, self.geometry, run)
+            self.plans[kind] = sparse.plan(kind, image, grad, self.geometry)
 
 
 @dataclass(frozen=True)
 class Backward:
-    """The gradient of a call: ``operator`` of the dispatcher, as it is ``served`` on CPU, and the arguments that it
-    takes before ``needs``."""
+    """The ``operator`` for the gradient of a call, and what it takes before ``needs``."""
 
     operator: Callable[..., Any]
-    served: Callable[..., Any]
     geometry: tuple[Any, ...]
 
 
@@ -52,51 +94,34 @@ class SparseProduct(torch.autograd.Function):
     def forward(
         ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, call: Call, structure: SparseStructure
     ) -> Tensor:
-        result = sparse_kernels.product(input, weight, call.plan, bias, *sparse_kernels.PLAIN)
+        result = call.run(input, weight, bias, None, None, *UNBOUNDED)
         if result is None:
             raise _DoesNotFit
         ctx.save_for_backward(input, weight, *structure.tensors)
-        ctx.backward, ctx.layout, ctx.shape = call.backward, structure.layout, structure.shape
+        ctx.call, ctx.structure = call, structure
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, *structure = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad[:3])
-        # Past the dispatcher where nobody looks and no graph of the gradients is asked for.
-        direct = plain(grad) and not torch.is_grad_enabled()
-        run = ctx.backward.served if direct else ctx.backward.operator
-        found = run(grad, input, weight, structure, ctx.layout, *ctx.backward.geometry, needs, ctx.shape)
+        input, weight, *tensors = ctx.saved_tensors
+        call, structure, needs = ctx.call, ctx.structure, list(ctx.needs_input_grad[:3])
+        if _direct.plain(grad) and not torch.is_grad_enabled():
+            return *call.gradients(grad, input, weight, structure, needs), None, None
+        operator, geometry = call.backward.operator, call.backward.geometry
+        found = operator(grad, input, weight, tensors, structure.layout, *geometry, needs, structure.shape)
         return *(g if need else None for g, need in zip(found, needs, strict=True)), None, None
 
 
-class _DoesNotFit(Exception):
+class _DoesNotFit(RuntimeError):
     """The kept plan is for other operands or another instruction set."""
 
 
-# Found once: when a small layer runs in a large network, what Python looks up has left the caches since its last call.
-_is_dynamo, _tracing = torch.compiler.is_dynamo_compiling, torch._C._get_tracing_state
-_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
-_transforms, _grad_enabled = torch._C._functorch.peek_interpreter_stack, torch.is_grad_enabled
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def plain(*tensors: Tensor | None) -> bool:
-    """Ordinary tensors, and nothing that records or transforms operators."""
-    if _is_dynamo() or _dispatch_modes() or _function_modes() or _tracing() is not None or _transforms() is not None:
-        return False
-    for t in tensors:  # a generator would cost more than the checks
-        if t is not None and type(t) not in _PLAIN:
-            return False
-    return forward_ad._current_level < 0
+_grad_enabled = torch.is_grad_enabled  # found once: what Python looks up has left the caches, too
 
 
 def _differentiated(*tensors: Tensor | None) -> bool:
-    if _grad_enabled():
-        for t in tensors:
-            if t is not None and t.requires_grad:
-                return True
-    return False
+    """Whether a gradient is asked for, if gradients are enabled."""
+    return any(t is not None and t.requires_grad for t in tensors)
 
 
 def _exact(given: tuple[Any, ...]) -> bool:
@@ -110,20 +135,6 @@ def _exact(given: tuple[Any, ...]) -> bool:
     return True
 
 
-def _fits(bias: Tensor, dtype: torch.dtype, structure: SparseStructure) -> bool:
-    return bias.dtype is dtype and bias.is_cpu and bias.is_contiguous() and bias.shape == structure.shape[:1]
-
-
-def _after(epilogue: Epilogue, shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[Any, ...] | None:
-    """What the kernel takes of an epilogue, None if it does not."""
-    operands = epilogue.scale, epilogue.residual
-    if epilogue.activation not in BOUNDS or not plain(*operands) or _differentiated(*operands):
-        return None
-    if not all(t is None or (t.is_cpu and t.dtype is torch.float32) for t in operands):
-        return None
-    return epilogue.for_kernel(shape, strides)
-
-
 def repeat(
     input: Tensor,
     weight: Tensor,
@@ -135,26 +146,24 @@ def repeat(
     """The result, if an equal call is known; ``given`` is the geometry of a convolution as the caller wrote it."""
     try:
         call = structure.calls[input.shape, given]
-    except (AttributeError, KeyError, TypeError):  # not a tensor, not known, a list
-        return None
-    if call.versions != sparse_kernels.versions(structure.tensors) or not _exact(given):
-        return None
-    if not plain(input, weight, bias) or not (bias is None or _fits(bias, call.dtype, structure)):
-        return None
-    graph, halves = _differentiated(input, weight, bias), call.dtype is not torch.float32
-    # One of these at most: kernels round each step of an epilogue to float32, and gradients are of plain float32 calls.
-    if graph + halves + (epilogue is not None) > 1:
-        return None
-    after = sparse_kernels.PLAIN if epilogue is None else _after(epilogue, *call.output)
-    if after is None:
-        return None
-    try:
-        if graph:
+        first, second = structure.tensors
+        if call.versions is not None and call.versions != (first._version, second._version):
+            return None
+        scale, residual, bounds, halves = None, None, UNBOUNDED, call.dtype is not torch.float32
+        if epilogue is not None:
+            scale, residual, bounds = epilogue.scale, epilogue.residual, BOUNDS[epilogue.activation]
+        if not (_exact(given) and _direct.plain(input, weight, bias, scale, residual)):
+            return None
+        if halves and (epilogue is not None or (bias is not None and bias.dtype is not call.dtype)):
+            return None  # kernels round each step of an epilogue to float32
+        if not (_grad_enabled() and _differentiated(input, weight, bias, scale, residual)):
+            added = bias.float() if halves and bias is not None else bias
+            return call.run(input, weight, added, scale, residual, *bounds)
+        if epilogue is None and not halves:
             return SparseProduct.apply(input, weight, bias, call, structure)
-        added = bias.float() if halves and bias is not None else bias
-        return sparse_kernels.product(input, weight, call.plan, added, *after)
-    except (_DoesNotFit, NotImplementedError):  # the latter from the dispatcher: not dense, not on CPU
-        return None
+    except (AttributeError, KeyError, TypeError, RuntimeError):
+        pass  # not tensors, not known, a list, not on CPU, a bias of another size: the checks will tell
+    return None
 
 
 def remember(
@@ -170,9 +179,11 @@ def remember(
     """Keep a call that passed all checks, if its like may skip them; operands must be dense as they are."""
     if not (_exact(given) and type(structure) is SparseStructure and compiled_product(input, weight, bias)):
         return
-    if not plain(input, weight, bias):
+    uncounted, *other = {t.is_inference() for t in structure.tensors}
+    if other or not _direct.plain(input, weight, bias):
         return
     sparse = sparse_kernels.Weight(weight, structure.tensors, structure.layout, structure.shape, structure.groups)
-    plan, output = sparse.plan("product", input, result, geometry), (result.shape, result.stride())
-    call = Call(sparse_kernels.versions(structure.tensors), input.dtype, plan, output, backward)
+    plan = sparse.plan("product", input, result, geometry)
+    versions = None if uncounted else sparse_kernels.versions(structure.tensors)
+    call = Call(versions, input.dtype, plan, tuple(result.shape), result.stride(), geometry, backward)
     sparse_kernels.remember(structure.calls, (input.shape, given), call)

@@ -256,7 +256,7 @@ def _checked(
     if input.dim() == 3:
         return result.squeeze(0)
     if without_gaps(input) is input and without_gaps(weight) is weight:
-        backward = sparse_calls.Backward(_backward_op, _backward_cpu, (steps, pads, holes, structure.groups))
+        backward = sparse_calls.Backward(_backward_op, (steps, pads, holes, structure.groups))
         sparse_calls.remember(input, weight, structure, bias, given, (*steps, *pads, *holes), result, backward)
     return result
 

@@ -166,7 +166,7 @@ _library.define_cpu("sparse_linear_backward", sparse_kernels.input_gradient, wid
 differentiate("sparse_linear", _backward_op)
 
 
-_backward = sparse_calls.Backward(_backward_op, _backward_cpu, ())
+_backward = sparse_calls.Backward(_backward_op, ())
 
 
 def sparse_linear(input: Tensor, weight: Tensor, structure: SparseStructure, bias: Tensor | None = None) -> Tensor:
