@@ -26,13 +26,14 @@ def test_srste_keeps_n_of_every_m_of_the_present_weights(pattern):
         assert torch.equal(sparsifier.masks.packed("3.weight"), want)
 
 
+@pytest.mark.parametrize("sgd", [sk.MaskedSGD, torch.optim.SGD])
 @pytest.mark.parametrize("scale", [None, 8.0])
-def test_srste_gradient(scale):
+def test_srste_gradient(scale, sgd):
     """w=[4,-3,2,-1], 2:4, c=.5: the two left out get .5 w on top of the straight-through gradient."""
     model = torch.nn.Linear(4, 1, bias=False)
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[4.0, -3, 2, -1]]))
-    optimizer = sk.MaskedSGD(model.parameters(), lr=0.1)
+    optimizer = sgd(model.parameters(), lr=0.1)
     sk.SRSTE(decay=0.5).attach(model, optimizer, verbose=False)
     output = model(torch.tensor([[1.0, 10, 100, 1000]])).sum()
     assert output == 4 - 30

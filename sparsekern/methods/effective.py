@@ -28,6 +28,7 @@ from sparsekern.methods.swap import Swap, WholePass
 from sparsekern.ops import unpack_mask
 from sparsekern.ops.masked_combine import launch as combine
 from sparsekern.ops.operands import as_layout, write_back
+from sparsekern.optim import MaskedSGD
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -165,6 +166,15 @@ class EffectiveSparsifier(Sparsifier):
         # Last, so that it sees what other hooks of the model change.
         self._handles += WholePass(self).register(self.model, prepend=False)
 
+    def _decay_in_step(self, inside: float, outside: float) -> bool:
+        """Have the optimizer add to its weight decay: `inside` where `masks` keep, `outside` elsewhere.
+
+        False if it is another than MaskedSGD: then gradients must get it before the step, in a pass of their own.
+        """
+        if isinstance(self.optimizer, MaskedSGD) and (inside or outside):
+            self.optimizer.set_inner_decay(self.masks, inside, outside)
+        return isinstance(self.optimizer, MaskedSGD)
+
     def _hold_zero(self) -> None:
         """Nothing: the store is dense."""
 
@@ -267,6 +277,8 @@ class EffectiveSparsifier(Sparsifier):
             parameter = self.masks.parameter(name)
             parameter.copy_(self.effective(name, parameter))
         self._shadows, self._ready, self.memory = {}, {}, Memory()
+        if isinstance(self.optimizer, MaskedSGD):
+            self.optimizer.set_inner_decay(None)
         return super().finalize()
 
 

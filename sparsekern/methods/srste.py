@@ -18,7 +18,8 @@ class SRSTE(Repeated, EffectiveSparsifier):
     """Forward with the n:m mask of the present weights, chosen anew every step; gradients straight through to all.
 
     `decay` c pulls the weights that the mask leaves out towards zero, which keeps masks from flapping: the gradient of
-    w is g + c (1 - M) w. `sparsity` may be left out, the pattern fixes it. Patterns other than n:m are refused.
+    w is g + c (1 - M) w. MaskedSGD adds the second term in its own step. `sparsity` may be left out, the pattern fixes
+    it. Patterns other than n:m are refused.
     """
 
     def __init__(
@@ -52,8 +53,14 @@ class SRSTE(Repeated, EffectiveSparsifier):
     def _fill(self, names: Sequence[str], weights: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
         self._fill_masked(names, weights, outs)
 
+    def _register(self) -> None:
+        super()._register()
+        self._decayed = self._decay_in_step(0.0, self.decay)
+
     @torch.no_grad()
     def _before_step(self) -> bool:
+        if self._decayed:
+            return False
         names, weights, gradients = self._gradients()
         self._combine(
             gradients, gradients, weights, self.masks, names, scaled=True, live=(1, 0), pruned=(1, self.decay)

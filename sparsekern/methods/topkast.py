@@ -20,7 +20,6 @@ from sparsekern.methods.effective import EffectiveSparsifier, straight_through
 from sparsekern.methods.held import Constant
 from sparsekern.methods.powerpropagation import change_power, check_alpha, fill_power, power, power_of
 from sparsekern.methods.repeated import Repeated
-from sparsekern.optim import MaskedSGD
 from sparsekern.phases import Sparse
 
 
@@ -83,12 +82,10 @@ class TopKAST(Repeated, EffectiveSparsifier):
         super()._register()
         # MaskedSGD freezes and penalises by itself. For other optimizers gradients get the penalty before the step, and
         # weights are put back after it.
-        self._freezes = isinstance(self.optimizer, MaskedSGD)
+        self._freezes = self._decay_in_step(*self._penalties())
         if self._freezes:
             self._policy, self.optimizer.momentum_policy = self.optimizer.momentum_policy, "freeze"
             self.optimizer.set_masks(self.backward_masks)
-            if self.penalty:
-                self.optimizer.set_inner_decay(self.masks, *self._penalties())
 
     def _penalties(self) -> tuple[float, float]:
         """The factors of weights in A, which count 1, and in B without A, which count 1 / D."""
@@ -99,7 +96,6 @@ class TopKAST(Repeated, EffectiveSparsifier):
         if self._freezes:
             self.optimizer.momentum_policy = self._policy
             self.optimizer.set_masks({})
-            self.optimizer.set_inner_decay(None)
         return model
 
     def timeline(self) -> str:
