@@ -1,3 +1,4 @@
+// Brackets of thresholds for topk_mask on CPU: the sample and the hint. topk_sample.cpp uses them.
 #include "topk_bracket.h"
 
 #include <array>

@@ -181,7 +181,7 @@ std::tuple<std::vector<Tensor>, Tensor> topk_mask_cpu(std::vector<Tensor> scores
   return {masks, status_of(scores[0], found)};
 }
 
-// A copy of the hint, one for each count, which is to follow the thresholds.
+// A copy of the hint, which is to follow the thresholds; zeros without one.
 Tensor next_hint(const Tensor& like, const std::optional<Tensor>& hint, size_t count) {
   const int64_t size = static_cast<int64_t>(2 * count);
   Tensor next = torch::stable::new_zeros(like, {static_cast<int64_t>(count), 2}, ScalarType::Long);
@@ -210,7 +210,7 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> topk_nested_cpu(std::vector<Tens
   }
   Tensor next = next_hint(scores[0], hint, keep.size());
   // Its rows are pairs of numbers as a TopkHint is.
-  auto* const hints = reinterpret_cast<TopkHint*>(next.mutable_data_ptr<int64_t>());
+  auto* const hints = hint ? reinterpret_cast<TopkHint*>(next.mutable_data_ptr<int64_t>()) : nullptr;
   const int64_t found = select_global(all, keep, hints);
   for (const Scores& each : all) {
     if (!each.chosen.empty()) spread(each);

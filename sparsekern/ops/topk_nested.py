@@ -6,8 +6,8 @@ read once. On a GPU, and where nothing is compiled, the reference serves it: one
 
 `hint` is for scores that move little from call to call. It changes no result, only the time on a CPU: the threshold is
 looked for near the last one first, without a sample of the scores. It is None or contiguous int64 of shape
-(number of counts, 2) on the CPU, zeros at first; the operator returns the next one, with which the function overwrites
-the one given. What it holds is nobody else's business, but any numbers will do.
+(number of counts, 2) on the CPU, zeros at first; the operator returns the next one (zeros for None), with which the
+function overwrites the one given. What it holds is nobody else's business, but any numbers will do.
 """
 
 from __future__ import annotations
