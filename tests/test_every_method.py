@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsekern as sk
+from sparsekern.methods import swap
 from sparsekern.methods.effective import EffectiveSparsifier
 
 
@@ -182,6 +183,11 @@ def test_parameters_added_after_attach_train_densely(name):
 @every_method
 def test_compiled_model_neither_breaks_nor_recompiles(name):
     assert_compiles_once(lambda: setup(name), STEPS)
+
+
+def test_compiled_model_where_a_module_keeps_its_attributes(monkeypatch):
+    monkeypatch.setattr(swap, "_TRACES_POP", False)  # as torch 2.10
+    assert_compiles_once(lambda: setup("topkast"), STEPS)
 
 
 class _Operations(TorchDispatchMode):

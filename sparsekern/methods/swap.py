@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from sparsekern.methods.effective import EffectiveSparsifier
 
 
+# Older versions of torch.compile break the graph where something leaves the dictionary of a module (2.10 does).
+_TRACES_POP = torch.__version__ >= (2, 14)
+
+
 class _Hooks:
     """A copied model shares them, so it runs sparse as the original does."""
 
@@ -54,7 +58,10 @@ class Swap(_Hooks):
         module.__dict__[self.key] = compute(self.name, weight)
 
     def leave(self, module: nn.Module, *_: Any) -> None:
-        module.__dict__.pop(self.key, None)
+        if torch.compiler.is_compiling() and not _TRACES_POP:
+            module.__dict__[self.key] = module._parameters[self.key]  # as if nothing shadowed it
+        else:
+            module.__dict__.pop(self.key, None)
 
 
 class WholePass(_Hooks):
