@@ -34,7 +34,7 @@ test: build lint  ## lint and the whole test suite
 # memory, would be copied into memory that is written. Emulated kernels have a target of their own.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 OPERATOR_TESTS := $(addprefix $(CURDIR)/,$(filter-out %_long.py,$(wildcard tests/test_masked_*.py tests/test_packing.py \
-    tests/test_topk_mask*.py tests/test_sparse_*.py tests/test_batch_norm.py tests/test_bare_operators.py)))
+    tests/test_topk_*.py tests/test_sparse_*.py tests/test_batch_norm.py tests/test_bare_operators.py)))
 
 test-sanitize: build  ## operator tests under AddressSanitizer and UndefinedBehaviorSanitizer (g++)
 	@echo "building sparsekern with sanitizers"

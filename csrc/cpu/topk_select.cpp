@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <mutex>
+#include <numeric>
 
 #include "dispatch.h"
 #include "topk_bracket.h"
@@ -159,7 +160,8 @@ void topk_choose_ties(const TopkSpan& span, const TopkLayout* layouts, const Top
 
 TopkBounds topk_bounds(const TopkSpan& span, int64_t keep, bool& nan) {
   const TopkThreshold last = radix_threshold(span, keep, true, nan);
-  if (nan || last.needed < last.ties) return {last.key, last.key};
+  const bool all = keep == std::accumulate(span.sizes.begin(), span.sizes.end(), int64_t{0});  // nothing is left
+  if (nan || all || last.needed < last.ties) return {last.key, last.key};
   return {last.key, radix_threshold(span, keep + 1, true, nan).key};
 }
 
