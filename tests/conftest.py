@@ -91,6 +91,14 @@ def native(request):
     yield from _select(request)
 
 
+@pytest.fixture
+def threads():
+    """Sets the number of threads for the rest of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 def pytest_collection_modifyitems(config, items):
     """Interpreted, a test takes a hundred times as long: of the cases of a test that other backends share a few run."""
     if not INTERPRETED:

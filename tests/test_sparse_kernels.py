@@ -48,13 +48,6 @@ def native(backend):
     return backend
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_conv2d_agrees_with_float64_on_any_number_of_threads(native, case, pattern, threads):
@@ -142,50 +135,6 @@ def test_conv2d_gradients_agree_with_float64_on_any_number_of_threads(native, ca
             assert not found[1][~mask].any()
             threads(3)
             assert all(torch.equal(a, b) for a, b in zip(found, gradients(run, *inputs), strict=True))
-
-
-@pytest.mark.parametrize("stride, padding", [(1, 1), (2, 1), (3, 0)])
-def test_input_gradient_beyond_one_tile(native, stride, padding, threads):
-    """A packed input that is cut into tiles, each computed from all outputs that reach it, and its last pixels."""
-    if native in ("triton", "emulated-cuda"):
-        pytest.skip("has tiles of its own, of a few pixels, and would take long")
-    torch.manual_seed(0)
-    shape, geometry = (8, 40, 3, 3), (stride, padding)
-    x, w = torch.randn(2, 40, 101, 92, requires_grad=True), torch.randn(shape)
-    mask = block_mask(shape, "4x1", 0.8)
-    s = sk.ops.sparse_structure(mask, "4x1")
-    exact = torch.nn.functional.conv2d(x.double(), torch.where(mask, w, 0).double(), None, *geometry)
-    grad = torch.randn(exact.shape)
-    (want,) = torch.autograd.grad(exact, x, grad.double())
-    results = []
-    for count in (1, 3):
-        threads(count)
-        results += torch.autograd.grad(sk.ops.sparse_conv2d(x, w, s, None, *geometry), x, grad)
-    assert torch.equal(*results)
-    assert_close(results[0], want.double(), mask[:, 0].numel())
-
-
-@pytest.mark.parametrize("stride", [2, 3, (1, 2), (2, 1)])
-@pytest.mark.parametrize("size", [(24, 24), (33, 41), (96, 112)])
-def test_input_gradient_of_pixels_apart_is_zero_between(native, size, stride, threads):
-    """Small images, rows off cache lines, and results that go past the caches."""
-    if native in ("triton", "emulated-cuda"):
-        pytest.skip("of the CPU kernels, which write zeros and gradients together")
-    torch.manual_seed(0)
-    x = torch.randn(5, 44, *size, requires_grad=True)
-    w, mask = torch.randn(8, 44, 1, 1), block_mask((8, 44, 1, 1), "4x1", 0.8)
-    s = sk.ops.sparse_structure(mask, "4x1")
-    exact = torch.nn.functional.conv2d(x.double(), torch.where(mask, w, 0).double(), None, stride)
-    grad = torch.randn(exact.shape)
-    (want,) = torch.autograd.grad(exact, x, grad.double())
-    results = []
-    for count in (1, 3):
-        threads(count)
-        for form in (torch.contiguous_format, LAST):
-            image = x.detach().to(memory_format=form).requires_grad_()
-            results += torch.autograd.grad(sk.ops.sparse_conv2d(image, w, s, None, stride), image, grad)
-    assert_close(results[0], want.double(), 8)
-    assert all(torch.equal(results[0], other) for other in results[1:])
 
 
 @pytest.mark.parametrize("rows", [1, 250])

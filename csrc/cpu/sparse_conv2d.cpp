@@ -45,7 +45,9 @@ std::optional<Tensor> sparse_plan_cpu(std::string pass, Tensor input, Tensor res
   const bool transposed = pass == "input";
   const int64_t sets = transposed ? std::max(kMostShares, call.stride[0] * call.stride[1]) : 1;
   const int64_t rows = transposed ? std::max(w.channels * groups, w.block_rows()) : w.block_rows();
-  Tensor plan = torch::stable::new_empty(structure[1], {kHeadInts + sets * planned_size(rows, 0) + 2 * form.blocks});
+  const int64_t ints = pass == "weight" ? weight_plan_size(form, call.axis(0), call.axis(1), call.in.strides)
+                                        : sets * planned_size(rows, 0) + 2 * form.blocks;
+  Tensor plan = torch::stable::new_empty(structure[1], {kHeadInts + ints});
   int32_t* const to = plan.mutable_data_ptr<int32_t>();
   std::memcpy(to, &call, sizeof call);
   bool good;
@@ -53,7 +55,8 @@ std::optional<Tensor> sparse_plan_cpu(std::string pass, Tensor input, Tensor res
     good = plan_input_gradient(form, call.axis(0), call.axis(1), call.out.strides, call.in.count, limits().lanes,
                                to + kHeadInts);
   } else if (pass == "weight") {
-    good = plan_weight_gradient(form, call.axis(0), call.axis(1), call.in.strides, call.in.count, to + kHeadInts);
+    good = plan_weight_gradient(form, call.axis(0), call.axis(1), call.in.strides, call.out.strides, call.in.count,
+                                to + kHeadInts);
   } else {
     const Grid grid = call.grid();
     Plan tiles = call.tiles(grid);

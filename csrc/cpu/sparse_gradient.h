@@ -10,9 +10,12 @@ struct GradientAxis {
   int64_t size, kernel, dilation;
 };
 
-// Plans for the functions below; false if the structure is not one.
+// Plans for the functions below; false if the structure is not one. The size is that of a plan of the weight's
+// gradient.
+int64_t weight_plan_size(const SparseForm& form, const GradientAxis& rows, const GradientAxis& columns,
+                         const Strides& input);
 bool plan_weight_gradient(const SparseForm& form, const GradientAxis& rows, const GradientAxis& columns,
-                          const Strides& input, int64_t images, int32_t* plan);
+                          const Strides& input, const Strides& gradients, int64_t images, int32_t* plan);
 bool plan_input_gradient(const SparseForm& form, const GradientAxis& rows, const GradientAxis& columns,
                          const Strides& gradients, int64_t images, int64_t lanes, int32_t* plan);
 

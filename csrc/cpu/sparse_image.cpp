@@ -66,7 +66,7 @@ template void unpack_runs(const float*, int64_t, int64_t, const std::vector<Spar
 
 void spread_runs(const float* packed, int64_t width, const std::vector<SparseRun>& runs, int64_t channels, int64_t step,
                  const Image<float>& output, const SpreadShape& shape, bool stream) {
-  thread_local Buffer<float> line;
+  thread_local Buffer<float> lines;
   const Strides& s = output.strides;
   const int64_t size = shape.rows * shape.columns;
   const auto image_of = [&](const SparseRun& run) { return run.image / std::max(s.batch, size); };
@@ -80,7 +80,7 @@ void spread_runs(const float* packed, int64_t width, const std::vector<SparseRun
     const int64_t until = whole ? std::min((pixel / shape.columns + shape.down) * shape.columns, size) : pixel + step;
     const int64_t end = image * s.batch + until;
     kernels().sparse_spread(packed, width, &*first, next - first, channels, output.data, s.channel, step, end,
-                            line.get(end - first->image), stream);
+                            lines.get(2 * (end - first->image + 32)), stream);
     first = next;
   }
 }

@@ -8,19 +8,6 @@
 namespace sparsekern {
 namespace {
 
-// The first numbers of a set, then its parts.
-struct Parts {
-  int32_t* pointers;
-  int32_t* activations;
-  int32_t* elements;
-  int32_t* end;
-  Parts(int32_t* plan, int64_t rows, int64_t blocks, int64_t width)
-      : pointers(plan + 2), activations(pointers + rows + 1), elements(activations + blocks), end(elements + blocks) {
-    plan[0] = static_cast<int32_t>(width);
-    plan[1] = static_cast<int32_t>(blocks);
-  }
-};
-
 float widened(float x) { return x; }
 float widened(BFloat16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
 
@@ -84,7 +71,7 @@ bool plan_rows(const SparseForm& form, const Grid& grid, int64_t width, int32_t*
   const int64_t down = int64_t(grid.rows.taps.size()), across = int64_t(grid.columns.taps.size());
   if (!is_structure(form, down * across)) return false;
   const int64_t rows = shape.block_rows(), of_group = rows / shape.groups, all = shape.channels * shape.groups;
-  const Parts parts(plan, rows, form.blocks, width);
+  const PlanParts parts(plan, rows, form.blocks, width);
   std::copy_n(form.pointers, rows + 1, parts.pointers);
   const std::vector<Column> columns = columns_of(shape, down, across);
   std::vector<int32_t> activations;  // of a column, for the first group
@@ -123,7 +110,7 @@ int32_t* plan_transposed(const SparseForm& form, const Phase& v, const Phase& h,
   std::vector<int32_t> next(rows + 1);
   each([&](int64_t, int64_t, const Column&, int64_t target) { ++next[target + 1]; });
   for (int64_t i = 0; i < rows; ++i) next[i + 1] += next[i];
-  const Parts parts(plan, rows, next[rows], width);
+  const PlanParts parts(plan, rows, next[rows], width);
   std::copy_n(next.begin(), rows + 1, parts.pointers);
   each([&](int64_t row, int64_t k, const Column& c, int64_t target) {
     const int64_t at = next[target]++;

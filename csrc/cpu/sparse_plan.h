@@ -6,7 +6,7 @@
 // phases of the stride, made of the transposed weight.
 #pragma once
 #include "sparse_buffer.h"
-#include "sparse_product.h"
+#include "sparse_tiling.h"
 
 namespace sparsekern {
 
@@ -60,6 +60,19 @@ class PlanReader {
 
 // Numbers that a plan needs for a set of rows.
 inline int64_t planned_size(int64_t rows, int64_t blocks) { return rows + 3 + 2 * blocks; }
+
+// The first numbers of a set, which this writes, then its parts.
+struct PlanParts {
+  int32_t* pointers;
+  int32_t* activations;
+  int32_t* elements;
+  int32_t* end;
+  PlanParts(int32_t* plan, int64_t rows, int64_t blocks, int64_t width)
+      : pointers(plan + 2), activations(pointers + rows + 1), elements(activations + blocks), end(elements + blocks) {
+    plan[0] = static_cast<int32_t>(width);
+    plan[1] = static_cast<int32_t>(blocks);
+  }
+};
 
 // Writes the rows as they are. False if the structure is not one: pointers that fall or leave the indices, indices that
 // leave the grid or do not ascend.

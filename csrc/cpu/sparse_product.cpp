@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <optional>
 #include <type_traits>
 #include <vector>
 
@@ -10,23 +11,6 @@
 #include "sparse_buffer.h"
 
 namespace sparsekern {
-
-SparseLimits limits() {
-  SparseLimits found;
-  kernels().sparse_limits(&found);
-  return found;
-}
-
-int64_t part_begin(const int32_t* pointers, int64_t rows, int64_t i, int64_t n) {
-  const int64_t wanted = (pointers[rows] + 2 * rows) * i / n;
-  int64_t low = 0, high = rows;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    (pointers[middle] + 2 * middle < wanted ? low = middle + 1 : high = middle);
-  }
-  return low;
-}
-
 namespace {
 
 // From 1 MiB on, what a product reads does not stay in the caches of a core: tiles are fetched one ahead. Of smaller
@@ -36,20 +20,10 @@ constexpr int64_t kFetchFloats = 1 << 18;
 // Output channels between scratch and image: with the 96 pixels of a tall tile, 24 KiB.
 constexpr int64_t kScratchRows = 64;
 
-constexpr int64_t kLineFloats = 16;
-
-// Of an image whose channels do not begin on cache lines, each vector is read from two, half as fast. Packing it first
-// pays if each channel is read this often: measured (Sapphire Rapids, batch 1) on the pointwise layers of ResNet-50
-// with 14x14 and 7x7 pixels, 1.1 to 1.6 times as fast from 10 on, slower below, as it always is on 28x28 and 56x56.
-constexpr int64_t kPackedReads = 10;
-
 // Channels that are packed together, a multiple of the lanes for images whose channels are neighbours.
 constexpr int64_t kPackChannels = 16;
 
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// So few tiles that their rows are shared out over the threads too.
-bool shares_tiles(int64_t tiles, int64_t threads) { return threads > 1 && tiles < 4 * threads; }
 
 // Parts of the rows of a tile: of few tiles, four or more tasks per thread, and as many for each.
 int64_t row_parts(int64_t tiles, int64_t threads) {
@@ -60,21 +34,24 @@ template <class T>
 class Product {
  public:
   Product(const Grid& grid, const Tiling& tiling, const Image<const T>& input, const SparseRows& rows,
-          int64_t rows_count, int64_t channels, const Image<T>& output, const float* residual)
+          int64_t rows_count, int64_t channels, const Image<T>& output, const float* residual,
+          const std::optional<SpreadShape>& spread)
       : grid_(grid),
         tiling_(tiling),
         input_(input),
         rows_(rows),
         channels_(channels),
         output_(output),
-        residual_{residual, output.strides} {
+        residual_{residual, output.strides},
+        spread_(spread) {
     const int64_t blocks = rows.pointers[rows_count] * rows.wide, images = grid.spans * grid.span_images;
     const Strides& s = output.strides;
     every_ = std::max<int64_t>(1, blocks / (2 * channels));
     fetches_ = !rows.padded && images * channels * grid.length >= kFetchFloats;
-    streams_ = images * rows_count * rows.tall * grid.length >= kStreamFloats && s.column == 1 &&
-               s.channel % kLineFloats == 0 && s.batch % kLineFloats == 0 &&
-               reinterpret_cast<uintptr_t>(output.data) % 64 == 0;
+    const int64_t spreads = spread ? spread->down * s.column : 1;  // zeros written with each result
+    const bool lines = s.column == 1 && s.channel % kLineFloats == 0 && s.batch % kLineFloats == 0 &&
+                       reinterpret_cast<uintptr_t>(output.data) % 64 == 0;
+    streams_ = images * rows_count * rows.tall * grid.length * spreads >= kStreamFloats && (spread || lines);
   }
 
   int64_t packed_floats() const { return channels_ * grid_.planes() * tiling_.width; }
@@ -111,7 +88,8 @@ class Product {
       grid_.outputs(runs, tile / tiling_.per_span, at, count, output_.strides);
       if (runs.empty()) continue;
       if (multiplied_direct(tile, at, count, runs, begin, end, packed + (at - from))) continue;
-      through_scratch(runs, begin, end, packed + (at - from), count);
+      const float* const data = packed + (at - from);
+      through_scratch(runs, begin, end, data, count, ahead(tile, at, data));
     }
   }
 
@@ -120,7 +98,7 @@ class Product {
   bool multiplied_direct(int64_t tile, int64_t at, int64_t count, const std::vector<SparseRun>& runs, int64_t begin,
                          int64_t end, const float* data) const {
     if constexpr (std::is_same_v<T, float>) {
-      if (output_.strides.column != 1 || runs.size() != 1 || runs[0].count != count) return false;
+      if (spread_ || output_.strides.column != 1 || runs.size() != 1 || runs[0].count != count) return false;
       const int64_t first = begin * rows_.tall * output_.strides.channel + runs[0].image;
       const bool stream = streams_ && runs[0].image % kLineFloats == 0 && count % kLineFloats == 0;
       kernels().sparse_rows(rows_, begin, end,
@@ -133,14 +111,17 @@ class Product {
 
   // How far behind `data`, number `at` of a tile in the image itself, the next call reads.
   int64_t ahead(int64_t tile, int64_t at, const float* data) const {
-    if (!fetches_) return 0;
-    const int64_t next = at + tiling_.part;
-    if (next < std::min(tile % tiling_.per_span * tiling_.tile + tiling_.tile, grid_.length)) return tiling_.part;
-    return tile + 1 < tiling_.count ? place(tile + 1) - data : 0;
+    if constexpr (std::is_same_v<T, float>) {
+      if (!fetches_) return 0;
+      const int64_t next = at + tiling_.part;
+      if (next < std::min(tile % tiling_.per_span * tiling_.tile + tiling_.tile, grid_.length)) return tiling_.part;
+      return tile + 1 < tiling_.count ? place(tile + 1) - data : 0;
+    }
+    return 0;
   }
 
   void through_scratch(const std::vector<SparseRun>& runs, int64_t begin, int64_t end, const float* packed,
-                       int64_t count) const {
+                       int64_t count, int64_t ahead) const {
     thread_local Buffer<float> buffer, residual_buffer;
     const Strides& s = output_.strides;
     const int64_t width = tiling_.part, rows = kScratchRows / rows_.tall;
@@ -150,9 +131,17 @@ class Product {
       const int64_t last = std::min(row + rows, end), channels = (last - row) * rows_.tall;
       const int64_t first = row * rows_.tall * s.channel;
       if (residual) pack_runs(Image<const float>{residual_.data + first, s}, 1, runs, channels, residual, width);
-      kernels().sparse_rows(rows_, row, last, {packed, count, scratch, width, false, 0, 1, residual});
-      unpack_runs(scratch, width, width, runs, channels, 1, Image<T>{output_.data + first, s});
+      kernels().sparse_rows(rows_, row, last, {packed, count, scratch, width, false, ahead, every_, residual});
+      deliver(scratch, runs, channels, {output_.data + first, s});
     }
+  }
+
+  void deliver(const float* scratch, const std::vector<SparseRun>& runs, int64_t channels, const Image<T>& to) const {
+    const int64_t width = tiling_.part;
+    if constexpr (std::is_same_v<T, float>) {
+      if (spread_) return spread_runs(scratch, width, runs, channels, to.strides.column, to, *spread_, streams_);
+    }
+    unpack_runs(scratch, width, width, runs, channels, 1, to);
   }
 
   const Grid& grid_;
@@ -162,6 +151,7 @@ class Product {
   const int64_t channels_;
   const Image<T>& output_;
   const Image<const float> residual_;
+  const std::optional<SpreadShape> spread_;
   int64_t every_;
   bool fetches_, streams_;
 };
@@ -217,59 +207,12 @@ void run_parts(const Product<T>& product, int64_t tiles, int64_t channels, const
 
 }  // namespace
 
-Tiling::Tiling(const Grid& grid, int64_t channels, int64_t lanes, int64_t most) {
-  const int64_t vectors = ceil_divide(grid.length, lanes);
-  const int64_t room = kTileFloats / (channels * grid.planes()) - grid.reach;
-  // Without a reach nothing is packed twice, and the smallest tile is the best one, unless a stride leaves short runs.
-  const int64_t fitting = grid.reach || grid.columns.stride > 1 ? std::max(most, room / lanes) : most;
-  per_span = ceil_divide(vectors, fitting);
-  tile = ceil_divide(vectors, per_span) * lanes;
-  per_span = ceil_divide(grid.length, tile);
-  width = ceil_divide(tile + grid.reach, lanes) * lanes;
-  // An odd number of cache lines spreads the rows of a tile over all sets.
-  if (tile > most * lanes && width / 16 % 2 == 0) width += std::max<int64_t>(lanes, 16);
-  count = per_span * grid.spans;
-  part = ceil_divide(tile / lanes, ceil_divide(tile / lanes, most)) * lanes;
-}
-
-void check_offsets(int64_t rows, int64_t width) {
-  STD_TORCH_CHECK(rows * width < INT32_MAX, "sparsekern: ", rows, " channels do not fit one tile of 32-bit offsets");
-}
-
-bool in_place(const Grid& grid, const Strides& s) {
-  return grid.planes() == 1 && grid.reach == 0 && grid.length == s.channel && s.column == 1 &&
-         grid.columns.stride == 1 && grid.rows.stride == 1 && grid.columns.padding == 0 && grid.rows.padding == 0;
-}
-
-Plan::Plan(const Tiling& tiling, int64_t rows, bool place, int64_t width)
-    : tiling(tiling), place(place), width(place ? width : tiling.width) {
-  check_offsets(rows, this->width);
-}
-
-Plan::Plan(const Grid& grid, int64_t channels, int32_t tall, const Strides& input, bool direct)
-    : Plan(Tiling(grid, channels, limits().lanes, tall == 4 ? limits().tall : limits().flat), channels * grid.planes(),
-           direct && in_place(grid, input), input.channel) {}
-
-void Plan::pack_if_read_often(int64_t channels, int64_t reads) {
-  // What one core has packed is slow for another one to read.
-  if (shares_tiles(tiling.count, torch::stable::get_num_threads())) return;
-  if (place && width % kLineFloats && reads >= kPackedReads * channels) agree(tiling.width);
-}
-
-bool Plan::agree(int64_t planned_width) {
-  if (place && planned_width == tiling.width) {
-    place = false;
-    width = planned_width;
-  }
-  return planned_width == width;
-}
-
 template <class T>
 void multiply(const Grid& grid, const Plan& plan, const Image<const T>& input, int64_t channels, SparseRows s,
-              int64_t rows, const Image<T>& output, const float* residual) {
+              int64_t rows, const Image<T>& output, const float* residual, const std::optional<SpreadShape>& spread) {
   s.channel = plan.width;
   s.padded = !plan.place;
-  const Product<T> product(grid, plan.tiling, input, s, rows, channels, output, residual);
+  const Product<T> product(grid, plan.tiling, input, s, rows, channels, output, residual, spread);
   const int64_t threads = torch::stable::get_num_threads(), tiles = plan.tiling.count;
   if constexpr (std::is_same_v<T, float>) {
     if (plan.place) return run_places(product, tiles, s, rows, threads);
@@ -281,8 +224,8 @@ void multiply(const Grid& grid, const Plan& plan, const Image<const T>& input, i
   }
 }
 template void multiply(const Grid&, const Plan&, const Image<const float>&, int64_t, SparseRows, int64_t,
-                       const Image<float>&, const float*);
+                       const Image<float>&, const float*, const std::optional<SpreadShape>&);
 template void multiply(const Grid&, const Plan&, const Image<const BFloat16>&, int64_t, SparseRows, int64_t,
-                       const Image<BFloat16>&, const float*);
+                       const Image<BFloat16>&, const float*, const std::optional<SpreadShape>&);
 
 }  // namespace sparsekern

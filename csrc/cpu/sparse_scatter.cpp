@@ -88,6 +88,53 @@ int32_t* plan_share(const SparseForm& form, const Grid& grid, const Tiles& t, in
   return elements + blocks;
 }
 
+// The runs of two planes whose pixels alternate in the image; those of the second lie `apart` floats behind those of
+// the first. False if some do not alternate.
+bool alternate(const std::vector<SparseRun>& first, const std::vector<SparseRun>& second, int64_t apart,
+               std::vector<SparsePair>& pairs) {
+  pairs.clear();
+  auto a = first.begin(), b = second.begin();
+  while (a != first.end() || b != second.end()) {
+    const bool leads = b == second.end() || (a != first.end() && a->image < b->image);
+    const bool both = a != first.end() && b != second.end() && std::abs(a->image - b->image) == 1;
+    const SparseRun lead = leads ? *a : *b, other = both ? leads ? *b : *a : SparseRun{0, 0, 0};
+    if (lead.count < other.count || lead.count > other.count + 1) return false;
+    const int64_t even = lead.packed + (leads ? 0 : apart), odd = other.packed + (leads ? apart : 0);
+    pairs.push_back({lead.image, even, odd, lead.count + other.count});
+    a += both || leads;
+    b += both || !leads;
+  }
+  return true;
+}
+
+// Positions [first, last) of a span, which begin at `packed`, to their image.
+void unpack_tile(const Grid& grid, const Tiles& t, int64_t span, int64_t first, int64_t last, const float* packed,
+                 int64_t channels, const Image<float>& result, const std::optional<SpreadShape>& spread) {
+  thread_local std::vector<SparseRun> runs, others;
+  thread_local std::vector<SparsePair> pairs;
+  const int64_t apart = t.channels * t.width, step = grid.columns.stride;
+  // Both phases of a row of pixels are written at once, which took 0.81 to 0.87 times as long at 98% (Sapphire Rapids).
+  const bool paired = step == 2 && grid.columns.planes.size() == 2 && result.strides.column == 1;
+  for (int64_t plane = 0; plane < grid.planes(); ++plane, packed += apart) {
+    grid.inputs(runs, span, first, last - first, plane, result.strides);
+    if (spread) {
+      spread_runs(packed, t.width, runs, channels, step, result, *spread, t.stream);
+      continue;
+    }
+    if (paired && plane % 2 == 0) {
+      grid.inputs(others, span, first, last - first, plane + 1, result.strides);
+      if (alternate(runs, others, apart, pairs)) {
+        kernels().sparse_unpack_pairs(packed, t.width, pairs.data(), int64_t(pairs.size()), channels, result.data,
+                                      result.strides.channel);
+        ++plane;
+        packed += apart;
+        continue;
+      }
+    }
+    unpack_runs(packed, t.width, t.positions, runs, channels, step, result, t.stream);
+  }
+}
+
 void scatter_tile(const Grid& grid, const Tiles& t, int64_t tile, const Image<const float>& gradients,
                   const SparseRows& rows, int64_t block_rows, int64_t channels, const Image<float>& result,
                   const std::optional<SpreadShape>& spread) {
@@ -108,15 +155,7 @@ void scatter_tile(const Grid& grid, const Tiles& t, int64_t tile, const Image<co
       kernels().sparse_scatter(rows, row, last, g.data - row * 4 * g.width, g.width, count, packed + (n - start));
     }
   }
-  for (int64_t plane = 0; plane < grid.planes(); ++plane) {
-    grid.inputs(runs, span, first, last - first, plane, result.strides);
-    const float* const from = packed + plane * t.channels * t.width + (first - start);
-    if (spread) {
-      spread_runs(from, t.width, runs, channels, grid.columns.stride, result, *spread, t.stream);
-    } else {
-      unpack_runs(from, t.width, t.positions, runs, channels, grid.columns.stride, result, t.stream);
-    }
-  }
+  unpack_tile(grid, t, span, first, last, packed + (first - start), channels, result, spread);
 }
 
 }  // namespace

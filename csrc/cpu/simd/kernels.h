@@ -94,6 +94,11 @@ struct SparseRun {
   int64_t image, packed, count;
 };
 
+// `count` neighbours of one row of an image from element `image` on, in turns from two packed rows.
+struct SparsePair {
+  int64_t image, even, odd, count;
+};
+
 // What becomes of a sum: times `scale` of its channel, plus the bias, plus the residual, each rounded, then cut to
 // [low, high]; NaN stays. Without a `scale` the sum starts at the bias.
 struct SparseEpilogue {

@@ -6,6 +6,7 @@
 
 namespace {
 
+using sparsekern::SparsePair;
 using sparsekern::SparseRows;
 using sparsekern::SparseRun;
 
@@ -64,41 +65,84 @@ void sparse_scatter(const SparseRows& s, int64_t begin, int64_t end, const float
   sparse_scatter_sized<ScatterVec, kTallVectors>(s, begin, end, gradients, width, count, tile);
 }
 
-// Elements [runs[0].image, end) of each channel: `step` apart what the runs say, and zeros between. They are put
-// together in `line`, so that memory is written in whole cache lines and once; `stream`: past the caches, where a
-// channel begins on a line.
-void sparse_spread(const float* packed, int64_t width, const SparseRun* runs, int64_t count, int64_t channels,
-                   float* image, int64_t channel, int64_t step, int64_t end, float* line, bool stream) {
+inline void unpack_pair(const float* packed, const SparsePair& p, float* to, int64_t ahead) {
   constexpr int64_t kLanes = ScatterVec::kLanes;
-  const int64_t begin = runs[0].image, size = end - begin;
-  for (int64_t i = 0; i < size; ++i) line[i] = 0.0f;
-  for (int64_t c = 0; c < channels; ++c, packed += width, image += channel) {
+  for (int64_t i = 0; i < p.count; i += 16) claim<1>(to + ahead + i);
+  for (int64_t i = 0; i < p.count; i += 2 * kLanes) {
+    ScatterVec even = ScatterVec::load(packed + p.even + i / 2), odd = ScatterVec::load(packed + p.odd + i / 2);
+    interleave(even, odd);
+    const int64_t left = p.count - i;
+    if (left >= 2 * kLanes) {
+      even.store(to + i);
+      odd.store(to + i + kLanes);
+    } else {
+      even.store(to + i, lesser(left, kLanes));
+      odd.store(to + i + kLanes, left > kLanes ? left - kLanes : 0);
+    }
+  }
+}
+
+// The pixels of two phases of a stride of two, which alternate in the image: each cache line of it is written once.
+void sparse_unpack_pairs(const float* packed, int64_t width, const SparsePair* pairs, int64_t count, int64_t channels,
+                         float* image, int64_t channel) {
+  for (int64_t c = 0; c < channels; c += kPackGroup) {
     for (int64_t r = 0; r < count; ++r) {
-      const float* const from = packed + runs[r].packed;
-      float* const to = line + runs[r].image - begin;
-      for (int64_t i = 0; i < runs[r].count; i += kLanes) {
-        const int64_t n = lesser(kLanes, runs[r].count - i);
-        if (step == 2) {
-          ScatterVec::load(from + i, n).store_even(to + 2 * i, n);
-        } else {
-          for (int64_t j = 0; j < n; ++j) to[(i + j) * step] = from[i + j];
-        }
+      for (int64_t i = c; i < lesser(c + kPackGroup, channels); ++i) {
+        unpack_pair(packed + i * width, pairs[r], image + i * channel + pairs[r].image, kPackGroup * channel);
       }
     }
-    // From the first cache line on that is its own.
-    float* const to = image + begin;
-    const int64_t past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) % 64 / sizeof(float));
-    const int64_t before = stream && past ? lesser(16 - past, size) : 0;
-    int64_t i = 0;
-    for (; i < before; i += kLanes) {
-      const int64_t n = lesser(kLanes, before - i);
-      ScatterVec::load(line + i, n).store(to + i, n);
+  }
+}
+
+// One channel between `begin` and its end as `line`, whose other elements are and stay zeros. Runs ascend, so that the
+// zeros behind one make room for the next.
+inline void spread_line(const float* packed, const SparseRun* runs, int64_t count, int64_t begin, int64_t step,
+                        float* line) {
+  constexpr int64_t kLanes = ScatterVec::kLanes;
+  for (int64_t r = 0; r < count; ++r) {
+    const float* const from = packed + runs[r].packed;
+    float* const to = line + runs[r].image - begin;
+    for (int64_t i = 0; i < runs[r].count; i += kLanes) {
+      const int64_t n = lesser(kLanes, runs[r].count - i);
+      if (step == 2) {
+        ScatterVec pixels = ScatterVec::load(from + i, n), zeros = ScatterVec::splat(0.0f);
+        interleave(pixels, zeros);
+        pixels.store(to + 2 * i);
+        zeros.store(to + 2 * i + kLanes);
+      } else {
+        for (int64_t j = 0; j < n; ++j) to[(i + j) * step] = from[i + j];
+      }
     }
-    for (i = before; i + kLanes <= size; i += kLanes) {
-      const ScatterVec v = ScatterVec::load(line + i);
-      stream ? v.stream(to + i) : v.store(to + i);
-    }
-    if (i < size) ScatterVec::load(line + i, size - i).store(to + i, size - i);
+  }
+}
+
+// `size` floats to `to`; `stream`: from the first cache line on that is its own, past the caches.
+inline void copy_line(const float* line, int64_t size, float* to, bool stream) {
+  constexpr int64_t kLanes = ScatterVec::kLanes;
+  const int64_t past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) % 64 / sizeof(float));
+  const int64_t before = stream && past ? lesser(16 - past, size) : 0;
+  int64_t i = 0;
+  for (; i < before; i += kLanes) {
+    const int64_t n = lesser(kLanes, before - i);
+    ScatterVec::load(line + i, n).store(to + i, n);
+  }
+  for (i = before; i + kLanes <= size; i += kLanes) {
+    const ScatterVec v = ScatterVec::load(line + i);
+    stream ? v.stream(to + i) : v.store(to + i);
+  }
+  if (i < size) ScatterVec::load(line + i, size - i).store(to + i, size - i);
+}
+
+// Elements [runs[0].image, end) of each channel: `step` apart what the runs say, and zeros between. They are put
+// together in `lines`, room for two channels with 32 floats more each, so that memory is written in whole cache lines
+// and once. A channel is copied after the next one was put together: reading what was just written would wait.
+void sparse_spread(const float* packed, int64_t width, const SparseRun* runs, int64_t count, int64_t channels,
+                   float* image, int64_t channel, int64_t step, int64_t end, float* lines, bool stream) {
+  const int64_t begin = runs[0].image, size = end - begin, room = size + 32;
+  for (int64_t i = 0; i < 2 * room; ++i) lines[i] = 0.0f;
+  for (int64_t c = 0; c <= channels; ++c) {
+    if (c < channels) spread_line(packed + c * width, runs, count, begin, step, lines + c % 2 * room);
+    if (c) copy_line(lines + (c - 1) % 2 * room, size, image + (c - 1) * channel + begin, stream);
   }
   if (stream) ScatterVec::fence();
 }

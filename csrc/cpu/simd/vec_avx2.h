@@ -106,6 +106,13 @@ inline F32x8 operator+(F32x8 a, F32x8 b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline F32x8 larger(F32x8 a, F32x8 b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline F32x8 smaller(F32x8 a, F32x8 b) { return {_mm256_min_ps(a.v, b.v)}; }
 
+// The lanes of both in turns: a0, b0, a1, ... in a, and the rest in b.
+inline void interleave(F32x8& a, F32x8& b) {
+  const __m256 low = _mm256_unpacklo_ps(a.v, b.v), high = _mm256_unpackhi_ps(a.v, b.v);
+  a.v = _mm256_permute2f128_ps(low, high, 0x20);
+  b.v = _mm256_permute2f128_ps(low, high, 0x31);
+}
+
 inline void transpose(F32x8 (&m)[8]) {
   __m256 a[8], b[8];
   for (int i = 0; i < 8; i += 2) {

@@ -97,6 +97,15 @@ inline F32x16 operator+(F32x16 a, F32x16 b) { return {_mm512_add_ps(a.v, b.v)}; 
 inline F32x16 larger(F32x16 a, F32x16 b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline F32x16 smaller(F32x16 a, F32x16 b) { return {_mm512_min_ps(a.v, b.v)}; }
 
+// The lanes of both in turns: a0, b0, a1, ... in a, and the rest in b.
+inline void interleave(F32x16& a, F32x16& b) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  const __m512 first = a.v;
+  a.v = _mm512_permutex2var_ps(first, low, b.v);
+  b.v = _mm512_permutex2var_ps(first, high, b.v);
+}
+
 inline void transpose(F32x16 (&m)[16]) {
   __m512 a[16], b[16];
   for (int i = 0; i < 16; i += 2) {

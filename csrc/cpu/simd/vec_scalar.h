@@ -163,6 +163,8 @@ inline Lane<T> smaller(Lane<T> a, Lane<T> b) {
 }
 // Of a kLanes by kLanes matrix, in registers.
 template <class T>
+inline void interleave(Lane<T>&, Lane<T>&) {}
+template <class T>
 inline void transpose(Lane<T> (&)[1]) {}
 template <class T>
 inline Lane<T> sum_lanes(const Lane<T> (&m)[1]) {
