@@ -161,9 +161,10 @@ template <class T>
 inline Lane<T> smaller(Lane<T> a, Lane<T> b) {
   return {a.value < b.value ? a.value : b.value};
 }
-// Of a kLanes by kLanes matrix, in registers.
+// The lanes of both in turns.
 template <class T>
 inline void interleave(Lane<T>&, Lane<T>&) {}
+// Of a kLanes by kLanes matrix, in registers.
 template <class T>
 inline void transpose(Lane<T> (&)[1]) {}
 template <class T>
