@@ -6,8 +6,6 @@
 namespace sparsekern {
 namespace {
 
-int64_t ceil_divide(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
-
 // The parts of rows [begin, end) x columns [left, right) of every image that lie in numbers [from, from + count).
 template <class F>
 void each_row(const Grid& g, int64_t from, int64_t count, const Axis::Plane& rows, const Axis::Plane& columns,

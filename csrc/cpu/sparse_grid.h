@@ -12,6 +12,9 @@
 
 namespace sparsekern {
 
+// Rounded up, of negative numbers too.
+inline int64_t ceil_divide(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
+
 // A dense image of `batch` x channels x height x width elements; strides are in elements.
 struct Strides {
   int64_t batch, channel, row, column;

@@ -23,8 +23,6 @@ constexpr int64_t kScratchRows = 64;
 // Channels that are packed together, a multiple of the lanes for images whose channels are neighbours.
 constexpr int64_t kPackChannels = 16;
 
-int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Parts of the rows of a tile: of few tiles, four or more tasks per thread, and as many for each.
 int64_t row_parts(int64_t tiles, int64_t threads) {
   return shares_tiles(tiles, threads) ? ceil_divide(ceil_divide(4 * threads, tiles), threads) * threads : 1;

@@ -15,8 +15,6 @@ constexpr int64_t kTasks = 8;
 // Block rows whose gradients are packed at once, 96 KiB: all of them would drive the tile from the cache.
 constexpr int64_t kRows = 64;
 
-int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // A tile is a range of positions: those of the packed input, of which output number n reads n to n + reach. It is
 // computed from all numbers that it needs, so neighbouring tiles do some work twice, but no tile waits for another.
 struct Tiles {

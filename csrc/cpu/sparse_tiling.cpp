@@ -14,8 +14,6 @@ namespace {
 // with 14x14 and 7x7 pixels, 1.1 to 1.6 times as fast from 10 on, slower below, as it always is on 28x28 and 56x56.
 constexpr int64_t kPackedReads = 10;
 
-int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 }  // namespace
 
 SparseLimits limits() {

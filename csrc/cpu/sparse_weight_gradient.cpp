@@ -19,8 +19,6 @@ constexpr int64_t kTogetherPixels = 512;
 constexpr int64_t kPackChannels = 16;    // at once, tens of KiB
 constexpr int64_t kDeliverGrain = 2048;  // blocks per task
 
-int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // What the gradients of a call have in common.
 struct WeightPass {
   const SparseShape& w;
