@@ -184,11 +184,7 @@ def _extras() -> Iterator[tuple[str, str]]:
 
 
 def _module():
-    try:
-        from sparsekern import _C
-    except ImportError:
-        return None
-    return _C
+    return _direct._C
 
 
 def _cores() -> int:

@@ -164,6 +164,14 @@ def test_repeated_calls_refuse_a_bias_that_the_first_refuses(native_isa):
             torch.testing.assert_close(found.float(), want, rtol=0.1 * half + 1e-5, atol=0.1 * half + 1e-5)
 
 
+def test_the_bias_of_a_single_output_may_have_any_stride(native_isa):
+    w, s, mask = layer("unstructured", (1, 8, 1, 1))
+    x, bias = torch.randn(1, 8, 5, 5), torch.randn(2)[::2]
+    for _ in range(3):
+        want = torch.nn.functional.conv2d(x, torch.where(mask, w, 0), bias)
+        torch.testing.assert_close(sk.ops.sparse_conv2d(x, w, s, bias), want)
+
+
 def test_tensors_that_do_not_hold_their_values(native_isa):
     w, s, mask = layer("unstructured")
     x, bias = torch.randn(1, 8, 5, 5), torch.randn(8)

@@ -2,6 +2,7 @@
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -26,6 +27,7 @@ struct Form {
 
 // What is not on a CPU has numbers of another kind.
 Operand operand(const Tensor& t);
+inline Operand operand(const std::optional<Tensor>& t) { return t ? operand(*t) : Operand{}; }
 
 // Raises unless `t` is of `type`, on CPU and of `dims` dims.
 void check_values(const Tensor& t, const char* name, int64_t dims, ScalarType type);

@@ -69,8 +69,9 @@ std::optional<Tensor> sparse_plan_cpu(std::string pass, Tensor input, Tensor res
 // A contiguous vector with an entry per output channel, or null.
 const float* per_output(const Operand& t, const char* name, const SparseShape& w) {
   if (!t.given) return nullptr;
-  STD_TORCH_CHECK(t.number == Number::kFloat32 && t.dims == 1 && t.sizes[0] == w.outputs && t.strides[0] == 1,
-                  "sparsekern: ", name, " must have ", w.outputs, " contiguous entries of float32 on CPU");
+  const bool contiguous = t.dims == 1 && (t.strides[0] == 1 || t.sizes[0] == 1);
+  STD_TORCH_CHECK(t.number == Number::kFloat32 && contiguous && t.sizes[0] == w.outputs, "sparsekern: ", name,
+                  " must have ", w.outputs, " contiguous entries of float32 on CPU");
   return static_cast<const float*>(t.data);
 }
 
@@ -124,8 +125,6 @@ Tensor empty_strided(const Form& form, bool bfloat16) {
       aoti_torch_empty_strided(form.dims, form.sizes, form.strides, dtype, aoti_torch_device_type_cpu(), -1, &handle));
   return Tensor(handle);
 }
-
-Operand operand(const std::optional<Tensor>& t) { return t ? sparsekern::operand(*t) : Operand{}; }
 
 // None where `product` is false.
 std::optional<Tensor> sparse_product_cpu(Tensor input, Tensor weight, Tensor plan, std::optional<Tensor> bias,

@@ -66,10 +66,7 @@ int32_t* plan_share(const SparseForm& form, const Grid& grid, const Tiles& t, in
     each(row, [&](int64_t, int64_t, int64_t) { ++blocks; });
   }
   pointers[rows] = blocks;
-  plan[0] = static_cast<int32_t>(t.width);
-  plan[1] = blocks;
-  int32_t* const activations = pointers + rows + 1;
-  int32_t* const elements = activations + blocks;
+  const PlanParts parts(plan, rows, blocks, t.width);
   std::vector<int32_t> next(taps + 1);
   for (int64_t row = 0; row < rows; ++row) {
     std::fill(next.begin(), next.end(), 0);
@@ -79,11 +76,13 @@ int32_t* plan_share(const SparseForm& form, const Grid& grid, const Tiles& t, in
       const Axis::Tap &v = grid.rows.taps[tap / across], &h = grid.columns.taps[tap % across];
       const int64_t plane = v.plane * int64_t(grid.columns.planes.size()) + h.plane;
       const int64_t at = pointers[row] + next[tap]++;
-      activations[at] = static_cast<int32_t>((plane * t.channels + channel) * t.width + v.shift * grid.pitch + h.shift);
-      elements[at] = static_cast<int32_t>(form.element(k, row, form.indices[k] / taps, tap / across, tap % across));
+      parts.activations[at] =
+          static_cast<int32_t>((plane * t.channels + channel) * t.width + v.shift * grid.pitch + h.shift);
+      parts.elements[at] =
+          static_cast<int32_t>(form.element(k, row, form.indices[k] / taps, tap / across, tap % across));
     });
   }
-  return elements + blocks;
+  return parts.end;
 }
 
 // The runs of two planes whose pixels alternate in the image; those of the second lie `apart` floats behind those of

@@ -7,7 +7,6 @@ values. A plan is a copy: tensors changed in place get a new one, and none can l
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparsekern import _library
+from sparsekern.ops.epilogue import UNBOUNDED
 from sparsekern.ops.sparse_structure import check_form, check_packed, check_tensors
 
 _make_plan = _library.define_native(
@@ -26,8 +26,6 @@ product = _library.define_native(
     "_sparse_product_cpu(Tensor input, Tensor weight, Tensor plan, Tensor? bias, Tensor? scale, Tensor? residual,"
     " float low, float high) -> Tensor?"
 )
-PLAIN: tuple[Any, ...] = (None, None, -math.inf, math.inf)
-"""The epilogue that does nothing: no scale, no residual, no bounds."""
 weight_gradient = _library.define_native(
     "_sparse_weight_gradient_cpu(Tensor(a!) result, Tensor grad, Tensor input, Tensor plan) -> bool"
 )
@@ -125,7 +123,13 @@ def run_product(weight: Weight, input: Tensor, like: Tensor, bias: Tensor | None
     """A new tensor that lies as ``like`` does; operands of bfloat16 are summed in float32, and the sums rounded
     once."""
     added = None if bias is None else bias.float().contiguous()
-    return weight.run("product", input, like, geometry, lambda plan: product(input, weight.values, plan, added, *PLAIN))
+    return weight.run(
+        "product",
+        input,
+        like,
+        geometry,
+        lambda plan: product(input, weight.values, plan, added, None, None, *UNBOUNDED),
+    )
 
 
 def run_gradients(
