@@ -16,6 +16,7 @@ OPS: dict[str, Callable[..., Any]] = {}
 """Name of each operator -> its plain PyTorch reference."""
 NATIVE: dict[str, str] = {}
 """Name of each operator whose compiled kernel has a schema of its own -> name of that."""
+_natives: list[str] = []
 SERVED_ON_CUDA: dict[str, Callable[..., Any]] = {}
 """Name of each operator that Python serves on CUDA by compiled functions -> how."""
 SETTINGS = ("auto", "cuda", "triton", "reference")
@@ -39,8 +40,10 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
 
 def define_native(schema: str) -> Any:
     """Define `sparsekern::schema`, a compiled function that Python code on CPU calls; nothing else serves it."""
+    name = schema[: schema.index("(")]
     _definitions.define(schema)
-    return getattr(torch.ops.sparsekern, schema[: schema.index("(")]).default
+    _natives.append(name)
+    return getattr(torch.ops.sparsekern, name).default
 
 
 def define_cpu(name: str, native: Any, serve: Callable[..., Any]) -> None:
@@ -129,7 +132,7 @@ def _load() -> str:
     torch.ops.sparsekern.cpu_isa()  # an unknown SPARSEKERN_CPU_ISA must fail here, not in the first step
     global kernels_loaded
     kernels_loaded = True
-    missing = [name for name in NATIVE if not has_kernel(name, "CPU")]
+    missing = [name for name in (*NATIVE, *_natives) if not has_kernel(name, "CPU")]
     kernels_loaded = not missing
     if kernels_loaded:
         _direct.connect(found[0])

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sparsekern.ops import SparseStructure, sparse_conv2d, sparse_linear, sparse_structure
+from sparsekern.ops import SparseStructure, sparse_conv2d, sparse_linear
+from sparsekern.ops.sparse_structure import coarsest_structure
 
 
 def supported(module: nn.Module) -> bool:
@@ -80,15 +81,4 @@ def structure_of(mask: Tensor, groups: int) -> SparseStructure | None:
     """The structure of a bool mask in the coarsest pattern that it has; None if it keeps every weight."""
     if bool(mask.all()):
         return None
-    pattern = next((p for p, dim in (("4x1", 0), ("1x4", 1)) if _whole_blocks(mask, dim)), "unstructured")
-    return sparse_structure(mask, pattern, groups=groups)
-
-
-def _whole_blocks(mask: Tensor, dim: int) -> bool:
-    full = mask.shape[dim] // 4 * 4
-    blocks = mask.narrow(dim, 0, full).unflatten(dim, (full // 4, 4))
-    tail = mask.narrow(dim, full, mask.shape[dim] - full)
-    first, *others = blocks.unbind(dim + 1)
-    if not all(torch.equal(first, other) for other in others):
-        return False
-    return not tail.shape[dim] or torch.equal(tail.any(dim), tail.all(dim))
+    return coarsest_structure(mask, groups)

@@ -5,7 +5,11 @@ import sys
 import torch
 from torch import Tensor
 
+from sparsekern import _direct, _library
 from sparsekern.ops.operands import is_dense
+
+_to_bits = _library.define_native("_mask_to_bits_cpu(Tensor mask) -> Tensor")
+_to_bytes = _library.define_native("_mask_to_bytes_cpu(Tensor(a!) mask, Tensor packed) -> ()")
 
 # Times eight bytes of 0 or 1, read as one integer, their bits stand side by side in its highest byte: no two of the
 # products meet, so nothing is carried.
@@ -25,6 +29,11 @@ def _flat(dense: Tensor) -> Tensor:
     return dense.as_strided((dense.numel(),), (1,))
 
 
+def compiled(*tensors: Tensor) -> bool:
+    """Whether functions on masks run compiled code for these tensors."""
+    return _library.kernels_loaded and tensors[0].device.type == "cpu" and _direct.plain(*tensors)
+
+
 def pack_mask(mask: Tensor) -> Tensor:
     """Pack a bool tensor into uint8: bit i of byte j is element 8j + i in the order of the mask's storage.
 
@@ -35,6 +44,8 @@ def pack_mask(mask: Tensor) -> Tensor:
         raise TypeError(f"mask must be a bool tensor, got {mask.dtype}")
     ready = is_dense(mask) and mask.storage_offset() % 8 == 0
     bits = _flat(mask if ready else storage_order(mask).copy_(mask))
+    if compiled(bits):
+        return _to_bits(bits)
     if bits.numel() % 8:
         bits = torch.nn.functional.pad(bits, (0, -bits.numel() % 8))
     return bits.view(torch.int64).mul(_GATHER).bitwise_right_shift_(56).to(torch.uint8)
@@ -50,8 +61,11 @@ def unpack_mask(packed: Tensor, like: Tensor) -> Tensor:
             f"packed must be uint8 of shape ({(like.numel() + 7) // 8},) for a tensor of {like.numel()} elements, "
             f"got {packed.dtype} of shape {tuple(packed.shape)}"
         )
-    table = _SPREAD.to(packed.device)
     mask = storage_order(like)
+    if mask.device == packed.device and compiled(mask, packed):
+        _to_bytes(_flat(mask), packed.contiguous())
+        return mask
+    table = _SPREAD.to(packed.device)
     _flat(mask).copy_(table.index_select(0, packed.int()).view(torch.bool)[: like.numel()])
     return mask
 

@@ -37,6 +37,10 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor
 
+from sparsekern import _library
+from sparsekern.ops.packing import compiled
+
+_build = _library.define_native("_sparse_structure_cpu(Tensor mask, str layout, bool whole) -> Tensor[]")
 _BLOCK_AXIS = {"4x1": 0, "1x4": 1}
 _LAYOUTS = ("unstructured", *_BLOCK_AXIS)
 _INT32_MAX = 2**31 - 1
@@ -249,16 +253,46 @@ def sparse_structure(weight_or_mask: Tensor, pattern: str = "unstructured", *, g
     groups = _check_groups(groups, shape)
     if math.prod(shape) > _INT32_MAX or shape[0] >= _INT32_MAX:
         raise ValueError(f"weight_or_mask has shape {shape}: expected at most {_INT32_MAX} weights")
-    chosen, layout = source != 0, _layout(name, shape, groups)
-    if name in _BLOCK_AXIS:
-        axis = _BLOCK_AXIS[name]
-        moved = chosen.movedim(axis, -1)
+    whole = source.dtype == torch.bool
+    found = _structure(source if whole else source != 0, name, groups, whole)
+    if found is None:
+        raise ValueError(f"weight_or_mask keeps part of a block: expected whole blocks for pattern={name!r}")
+    return found
+
+
+def coarsest_structure(mask: Tensor, groups: int) -> SparseStructure:
+    """That of a bool mask in the first of the patterns 4x1, 1x4 and unstructured whose blocks it keeps as a whole."""
+    found = (_structure(mask, pattern, groups, True) for pattern in (*_BLOCK_AXIS, "unstructured"))
+    return next(structure for structure in found if structure is not None)
+
+
+def _structure(mask: Tensor, pattern: str, groups: int, whole: bool) -> SparseStructure | None:
+    """Of a bool mask; None if blocks must be kept as a ``whole`` and are not."""
+    shape = tuple(mask.shape)
+    layout = _layout(pattern, shape, groups)
+    if layout == pattern and compiled(mask):
+        tensors = tuple(_build(mask.contiguous(), layout, whole))
+    else:
+        tensors = _tensors(mask, pattern, layout, whole)
+    if not tensors:
+        return None
+    found = object.__new__(SparseStructure)  # these need no check
+    found.__dict__.update(shape=shape, pattern=pattern, groups=groups, layout=layout, tensors=tensors, calls={})
+    return found
+
+
+def _tensors(mask: Tensor, pattern: str, layout: str, whole: bool) -> tuple[Tensor, Tensor] | tuple[()]:
+    """The tensors of a structure in plain PyTorch; () if blocks must be kept as a whole and are not."""
+    chosen, shape = mask, mask.shape
+    if pattern in _BLOCK_AXIS:
+        axis = _BLOCK_AXIS[pattern]
+        moved = mask.movedim(axis, -1)
         padded = torch.nn.functional.pad(moved, (0, -shape[axis] % 4))
         blocks = padded.unflatten(-1, (padded.shape[-1] // 4, 4)).any(-1).movedim(-1, axis)
-        whole = blocks.repeat_interleave(4, axis).narrow(axis, 0, shape[axis])
-        if source.dtype == torch.bool and not torch.equal(whole, chosen):
-            raise ValueError(f"weight_or_mask keeps part of a block: expected whole blocks for pattern={name!r}")
-        chosen = blocks if layout == name else whole
+        filled = blocks.repeat_interleave(4, axis).narrow(axis, 0, shape[axis])
+        if whole and not torch.equal(filled, mask):
+            return ()
+        chosen = blocks if layout == pattern else filled
     rows = chosen.reshape(chosen.shape[0], math.prod(chosen.shape[1:]))
     pointers = torch.nn.functional.pad(rows.sum(1).cumsum(0), (1, 0)).int()
-    return SparseStructure(shape, name, groups, layout, (pointers, rows.nonzero()[:, 1].int().contiguous()))
+    return pointers, rows.nonzero()[:, 1].int().contiguous()

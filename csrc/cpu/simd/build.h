@@ -2,6 +2,7 @@
 // Everything but the table is local to the object file, so no code compiled for one instruction set can win the link.
 #include "batch_norm.h"
 #include "kernels.h"
+#include "mask_bits.h"
 #include "masked_adamw.h"
 #include "masked_combine.h"
 #include "masked_sgd.h"
