@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import sparsekern as sk
+from sparsekern.ops import packing
 
 
 def test_bit_order_and_padding():
@@ -15,6 +16,19 @@ def test_bit_order_and_padding():
 def test_round_trip(shape):
     mask = torch.rand(shape) < 0.5
     assert torch.equal(sk.ops.unpack_mask(sk.ops.pack_mask(mask), mask), mask)
+
+
+@pytest.mark.parametrize("count", [63, 64, 65, 200, 70_001])
+def test_compiled_code_agrees(native, count, threads, monkeypatch):
+    mask = torch.rand(count + 8)[8:] < 0.5  # its bytes do not begin where vectors like it
+    odd = (mask.view(torch.uint8) * 254).view(torch.bool)  # as other programs may leave it: not 0 is True
+    threads(3)
+    packed, again = sk.ops.pack_mask(odd), sk.ops.unpack_mask(sk.ops.pack_mask(mask), mask)
+    spaced = torch.stack([packed, packed], 1)[:, 0]
+    assert torch.equal(sk.ops.unpack_mask(spaced, mask), mask)
+    monkeypatch.setattr(packing, "compiled", lambda *_: False)
+    assert torch.equal(packed, sk.ops.pack_mask(mask)) and torch.equal(again, mask)
+    assert torch.equal(again.view(torch.uint8), sk.ops.unpack_mask(packed, mask).view(torch.uint8))
 
 
 def test_storage_order_of_channels_last():

@@ -22,9 +22,8 @@ void check(const Tensor& t, const char* name, ScalarType type) {
 
 template <class Body>
 void each_part(int64_t count, Body body) {
-  torch::stable::parallel_for(0, (count + 63) / 64, kGrain, [&](int64_t begin, int64_t end) {
-    body(begin * 64, std::min(end * 64, count));
-  });
+  torch::stable::parallel_for(0, (count + 63) / 64, kGrain,
+                              [&](int64_t begin, int64_t end) { body(begin * 64, std::min(end * 64, count)); });
 }
 
 Tensor mask_to_bits_cpu(Tensor mask) {

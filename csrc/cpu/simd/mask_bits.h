@@ -20,15 +20,21 @@ void mask_to_bits(const uint8_t* bytes, int64_t begin, int64_t end, uint8_t* bit
   }
 }
 
+// The bytes of each packed one, in order of their addresses.
+struct SpreadBits {
+  uint8_t bytes[256][8];
+  constexpr SpreadBits() : bytes() {
+    for (int i = 0; i < 256; ++i) {
+      for (int j = 0; j < 8; ++j) bytes[i][j] = static_cast<uint8_t>(i >> j & 1);
+    }
+  }
+};
+constexpr SpreadBits kSpreadBits;
+
 // The inverse, of 1 and 0; begin is a multiple of 8.
 void mask_to_bytes(const uint8_t* bits, int64_t begin, int64_t end, uint8_t* bytes) {
-  constexpr uint64_t kEach = 0x0101010101010101;
   int64_t i = begin;
-  for (; i + 8 <= end; i += 8) {
-    // Eight copies of the byte, of each another bit; an addition moves it to the highest one.
-    const uint64_t chosen = bits[i / 8] * kEach & 0x8040201008040201, word = (chosen + 0x7f * kEach) >> 7 & kEach;
-    __builtin_memcpy(bytes + i, &word, 8);
-  }
+  for (; i + 8 <= end; i += 8) __builtin_memcpy(bytes + i, kSpreadBits.bytes[bits[i / 8]], 8);
   for (; i < end; ++i) bytes[i] = bits[i / 8] >> (i & 7) & 1;
 }
 
