@@ -62,6 +62,8 @@ bench: build  ## quick benchmarks, each within a minute on a quiet machine
 	$(BIN)/python -m benchmarks.bench_masked_adamw --quick
 	$(BIN)/python -m benchmarks.bench_topk_mask --quick
 	$(BIN)/python -m benchmarks.bench_sparse_conv2d --quick
+	$(BIN)/python -m benchmarks.bench_sparse_linear --quick
+	$(BIN)/python -m benchmarks.bench_sparse_structure --quick
 	$(BIN)/python -m benchmarks.bench_batch_norm --quick
 	$(BIN)/python -m benchmarks.bench_list_operators --quick
 

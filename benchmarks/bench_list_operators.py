@@ -31,12 +31,13 @@ BIT = 1 / 8
 
 @dataclass
 class Model:
-    """Weights, gradients, scores, results; masks A and B packed and, for the baselines, as floats."""
+    """Weights, gradients, scores, results; masks A and B as bools, packed and, for the baselines, as floats."""
 
     w: list[Tensor]
     g: list[Tensor]
     s: list[Tensor]
     out: list[Tensor]
+    bools: list[list[Tensor]]
     packed: list[list[Tensor]]
     masks: list[list[Tensor]]
 
@@ -47,9 +48,8 @@ class Model:
             t.normal_(std=0.01)
         chance = [torch.rand_like(t) for t in w]
         bools = [[c < live for c in chance] for live in LIVE]
-        return cls(
-            w, g, s, out, [list(map(sk.ops.pack_mask, b)) for b in bools], [[m.float() for m in b] for b in bools]
-        )
+        packed = [list(map(sk.ops.pack_mask, b)) for b in bools]
+        return cls(w, g, s, out, bools, packed, [[m.float() for m in b] for b in bools])
 
 
 @dataclass(frozen=True)
@@ -227,8 +227,27 @@ def learned_cases() -> dict[str, Case]:
     return found
 
 
+def packing_cases(m: Model) -> dict[str, Case]:
+    """Masks between a byte and a bit per weight."""
+    import numpy
+
+    arrays, bits = [[t.numpy() for t in tensors] for tensors in (m.bools[0], m.packed[0])]
+    return {
+        "pack_mask": Case(
+            lambda m: _each(sk.ops.pack_mask, m.bools[0]), _returned,
+            lambda m: [torch.from_numpy(numpy.packbits(a, bitorder="little")) for a in arrays], 1 + BIT,
+            {"np.packbits": lambda _: [numpy.packbits(a, bitorder="little") for a in arrays]},
+        ),
+        "unpack_mask": Case(
+            lambda m: _each(sk.ops.unpack_mask, m.packed[0], m.w), _returned, lambda m: m.bools[0], 1 + BIT,
+            {"np.unpackbits": lambda _: [
+                numpy.unpackbits(b, count=a.size, bitorder="little") for a, b in zip(arrays, bits, strict=True)]},
+        ),
+    }  # fmt: skip
+
+
 def cases(m: Model) -> dict[str, Case]:
-    return {**forward_cases(), **choice_cases(m), **learned_cases()}
+    return {**forward_cases(), **choice_cases(m), **learned_cases(), **packing_cases(m)}
 
 
 def check(case: Case, m: Model) -> None:

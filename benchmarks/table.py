@@ -46,6 +46,15 @@ TITLES = {
         "Convolutions of ResNet-50 and pointwise ones of MobileNetV1, float32, against torch's best dense ones: "
         "median speedup (range), and that of ResNet-50's behind the first together",
     ),
+    "sparse_linear": (
+        "72 linear layers of BERT-base",
+        "Linear layers of BERT-base, float32, sequences of 128 tokens, against torch's dense and CSR ones: "
+        "median speedup (range), and that of all 72 together",
+    ),
+    "sparse_structure": (
+        "structures of these convolutions from masks",
+        "What is made once per mask of ResNet-50's 52 convolutions: structures, and the plans of all passes, batch 16",
+    ),
     "batch_norm": (
         "batch-norm of ResNet-50, training",
         "Batch-norms of ResNet-50 in training, with the residual and the ReLU that follow them",
@@ -165,7 +174,7 @@ def _overview_lines(bench: str, rows: list[dict[str, str]]) -> list[str]:
     lines = []
     for case, pass_, layout, pattern in dict.fromkeys(key[:-1] for key in speedups):
         whole = case.rpartition("/")[2]
-        if whole not in ("all", "per-tensor", "step") or pass_.endswith("_grad") or not pattern:
+        if whole not in ("all", "per-tensor", "step", "structures") or pass_.endswith("_grad") or not pattern:
             continue
         if pass_ == "forward" and layout != "packed":
             continue
@@ -207,7 +216,8 @@ def render(folder: Path = RESULTS) -> str:
     for bench, (_, title) in TITLES.items():
         runs = last_runs(bench, folder)
         tables = [
-            "\n".join([*(_summary if bench == "sparse_conv2d" else _lines)(run), "", _origin(run)]) for run in runs
+            "\n".join([*(_summary if bench in ("sparse_conv2d", "sparse_linear") else _lines)(run), "", _origin(run)])
+            for run in runs
         ]
         parts += [f"## {title}", *tables] if tables else []
     return "\n\n".join([FULL, *parts] if parts else [NOTHING])

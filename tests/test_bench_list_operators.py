@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 
 from benchmarks import bench_list_operators, harness
 
@@ -11,7 +12,7 @@ def test_every_list_operator_has_rows_and_a_wrong_one_is_not_timed(monkeypatch):
     rows = bench_list_operators.main(["--smoke", "--threads", "1"])
     found = {row["case"].split("/")[1] for row in rows}
     assert found == {"masked_combine_", "soft_threshold_", "movement_step_", "topk_bounds", "topk_nested",
-                     "threshold_mask", "signed_sums"}  # fmt: skip
+                     "threshold_mask", "signed_sums", "pack_mask", "unpack_mask"}  # fmt: skip
     assert all(row["bench"] == "list_operators" and row["floor_ms"] > 0 and row["speedup"] > 0 for row in rows)
     monkeypatch.setattr(harness, "_sample", lambda run, calls: pytest.fail("timed a wrong result"))
     model = bench_list_operators.Model.make([(16, 8, 3, 3), (10, 16)])
@@ -22,7 +23,7 @@ def test_every_list_operator_has_rows_and_a_wrong_one_is_not_timed(monkeypatch):
             first = found
             while isinstance(first, list):
                 first = first[0]
-            first.view(-1)[0] += 1
+            first.view(-1)[0] = ~first.view(-1)[0] if first.dtype == torch.bool else first.view(-1)[0] + 1
             return found
 
         with pytest.raises(AssertionError):

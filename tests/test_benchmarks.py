@@ -142,10 +142,11 @@ def test_a_wrong_result_is_never_timed(bench, monkeypatch):
 def test_weight_gradient_off_the_mask_is_refused():
     layer = bench_sparse_conv2d.Layer.make(bench_sparse_conv2d.SMOKE[0], 1)
     mask = torch.rand(layer.conv.weight_shape) < 0.1
-    grad = bench_sparse_conv2d.contender(bench_sparse_conv2d.dense(layer), layer, "weight_grad")()
-    bench_sparse_conv2d.check(layer, "weight_grad", mask, torch.where(mask, grad, 0))
+    dense = bench_sparse_conv2d.dense(layer)
+    grad = bench_sparse_conv2d.contender(dense, layer, "weight_grad")()
+    bench_sparse_conv2d.check(dense, layer, "weight_grad", mask, torch.where(mask, grad, 0))
     with pytest.raises(AssertionError, match="off the mask"):
-        bench_sparse_conv2d.check(layer, "weight_grad", mask, grad)
+        bench_sparse_conv2d.check(dense, layer, "weight_grad", mask, grad)
 
 
 def test_contenders_run_once_a_round_in_changing_order(monkeypatch):
