@@ -134,6 +134,14 @@ struct SparseTile {
   const float* residual;
 };
 
+// What sparse_dots fetches meanwhile: the gradients of the rows behind each one, and `rows` rows of the tile that comes
+// next, as this one lies; nothing of what is null or false.
+struct SparseAhead {
+  bool gradients;
+  const float* tile;
+  int64_t rows;
+};
+
 // Lanes of a vector, and how many vectors of pixels one call of sparse_rows takes for blocks that are tall, and not.
 struct SparseLimits {
   int64_t lanes, tall, flat;

@@ -5,6 +5,7 @@
 
 namespace {
 
+using sparsekern::SparseAhead;
 using sparsekern::SparseRows;
 
 using DotVec = WideOf<float>::type;
@@ -45,6 +46,24 @@ class DotSums {
   DotVec waiting_[DotVec::kLanes];
   int held_ = 0;
   float* to_;
+};
+
+// Rows of `count` floats, `step` apart, that are fetched a few cache lines at a time.
+struct FetchedRows {
+  const float* from;
+  int64_t rows, count, step, lines, at = 0;
+  FetchedRows(const float* from, int64_t rows, int64_t count, int64_t step, int64_t times)
+      : from(from), rows(rows), count(count), step(step), lines((rows * ((count + 15) / 16) + times - 1) / times) {}
+  void some() {
+    for (int64_t i = 0; i < lines && rows > 0; ++i) {
+      fetch<1>(from + at);
+      at += 16;
+      if (at < count) continue;
+      at = 0;
+      from += step;
+      --rows;
+    }
+  }
 };
 
 // Few dot products take turns with several sums each, to hide the latency of the addition. `ahead` floats on, unless 0,
@@ -102,14 +121,16 @@ inline void dots_sized(int64_t blocks, const float* const* x, const float* gradi
   dots_of<kTall, kWide * kBlocks>(x, gradient, width, count, ahead, sums);
 }
 
-template <int kTall, int kWide>
+// `fetch_more` runs before each few dot products.
+template <int kTall, int kWide, class FetchMore>
 inline void sparse_dots_rows(const SparseRows& s, int64_t begin, int64_t end, const float* tile, const float* gradients,
-                             int64_t width, int64_t count, float* sums) {
+                             int64_t width, int64_t count, float* sums, FetchMore fetch_more) {
   constexpr int kBlock = kTall * kWide, kStep = kDots / kBlock;
   DotSums waiting(sums + s.pointers[begin] * int64_t{kBlock});
   for (int64_t row = begin; row < end; ++row) {
     int64_t ahead = kTall * width;
     for (int64_t k = s.pointers[row]; k < s.pointers[row + 1]; k += kStep, ahead = 0) {
+      fetch_more();
       const int64_t left = s.pointers[row + 1] - k < kStep ? s.pointers[row + 1] - k : kStep;
       const float* x[kDots / kTall];
       for (int i = 0; i < left; ++i) {
@@ -121,11 +142,28 @@ inline void sparse_dots_rows(const SparseRows& s, int64_t begin, int64_t end, co
   waiting.finish();
 }
 
+// Rows of four outputs, whose kernel has no registers left to fetch what comes next.
+inline void tall_dots(const SparseRows& s, int64_t begin, int64_t end, const float* tile, const float* gradients,
+                      int64_t width, int64_t count, float* sums, const SparseAhead& ahead) {
+  if (!ahead.gradients && !ahead.tile) {
+    return sparse_dots_rows<4, 1>(s, begin, end, tile, gradients, width, count, sums, [] {});
+  }
+  // About as often as a few dot products begin.
+  const int64_t times = 1 + (s.pointers[end] - s.pointers[begin]) * 4 / kDots + (end - begin) / 2;
+  FetchedRows own(gradients + (begin + 1) * 4 * width, ahead.gradients ? (end - begin) * 4 : 0, count, width, times);
+  FetchedRows next(ahead.tile, ahead.tile ? ahead.rows : 0, count, s.channel, times);
+  sparse_dots_rows<4, 1>(s, begin, end, tile, gradients, width, count, sums, [&] {
+    own.some();
+    next.some();
+  });
+}
+
 void sparse_dots(const SparseRows& s, int64_t begin, int64_t end, const float* tile, const float* gradients,
-                 int64_t width, int64_t count, float* sums) {
-  if (s.tall == 4) return sparse_dots_rows<4, 1>(s, begin, end, tile, gradients, width, count, sums);
-  if (s.wide == 4) return sparse_dots_rows<1, 4>(s, begin, end, tile, gradients, width, count, sums);
-  sparse_dots_rows<1, 1>(s, begin, end, tile, gradients, width, count, sums);
+                 int64_t width, int64_t count, float* sums, const SparseAhead& ahead) {
+  const auto nothing = [] {};
+  if (s.tall == 4) return tall_dots(s, begin, end, tile, gradients, width, count, sums, ahead);
+  if (s.wide == 4) return sparse_dots_rows<1, 4>(s, begin, end, tile, gradients, width, count, sums, nothing);
+  sparse_dots_rows<1, 1>(s, begin, end, tile, gradients, width, count, sums, nothing);
 }
 
 }  // namespace
