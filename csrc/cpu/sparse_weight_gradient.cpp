@@ -208,32 +208,49 @@ void add_dots(const WeightPass& pass, const Grid& grid, const Plan& tiles, const
   }
 }
 
+// What a column of a structure stands for in one group: a row of the plan by channels, and an element of each output.
+struct ChannelColumn {
+  int32_t row, element;
+};
+
+void columns_of_group(const SparseForm& form, const WeightPass& pass, int64_t group,
+                      std::vector<ChannelColumn>& found) {
+  const SparseShape& w = form.shape;
+  const int64_t taps = pass.taps(), across = pass.across.kernel, of_part = pass.part_channels();
+  found.clear();
+  for (int64_t channel = 0; channel < w.channels; channel += w.wide) {
+    const int64_t at = group * w.channels + channel;
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const int64_t row = (at / of_part * taps + tap) * (of_part / w.wide) + at % of_part / w.wide;
+      const int64_t element = form.element(0, 0, channel, tap / across, tap % across);
+      found.push_back({static_cast<int32_t>(row), static_cast<int32_t>(element)});
+    }
+  }
+}
+
 // The rows as they are, with the order of their sums, and then the rows by channels.
 void plan_by_channels(const SparseForm& form, const WeightPass& pass, int64_t width, int32_t* plan) {
   const SparseShape& w = form.shape;
-  const int64_t taps = pass.taps(), rows = w.block_rows(), of_group = rows / w.groups, across = pass.across.kernel;
-  const int64_t all = pass.channel_rows(), of_part = pass.part_channels(), groups = of_part / w.wide;
+  const int64_t rows = w.block_rows(), of_group = rows / w.groups, all = pass.channel_rows();
   const PlanParts as_is(plan, rows, form.blocks, width), turned(as_is.end, all, form.blocks, width);
   std::copy_n(form.pointers, rows + 1, as_is.pointers);
+  std::vector<ChannelColumn> columns;
   const auto each = [&](auto body) {
     for (int64_t row = 0; row < rows; ++row) {
-      for (int64_t k = form.pointers[row]; k < form.pointers[row + 1]; ++k) {
-        const int64_t channel = form.indices[k] / taps * w.wide, tap = form.indices[k] % taps;
-        const int64_t at = row / of_group * w.channels + channel;
-        body(row, k, channel, tap, (at / of_part * taps + tap) * groups + at % of_part / w.wide);
-      }
+      if (row % of_group == 0) columns_of_group(form, pass, row / of_group, columns);
+      for (int64_t k = form.pointers[row]; k < form.pointers[row + 1]; ++k) body(row, k, columns[form.indices[k]]);
     }
   };
   std::vector<int32_t> next(all + 1);
-  each([&](int64_t, int64_t, int64_t, int64_t, int64_t target) { ++next[target + 1]; });
+  each([&](int64_t, int64_t, const ChannelColumn& c) { ++next[c.row + 1]; });
   for (int64_t i = 0; i < all; ++i) next[i + 1] += next[i];
   std::copy_n(next.begin(), all + 1, turned.pointers);
-  each([&](int64_t row, int64_t k, int64_t channel, int64_t tap, int64_t target) {
-    const int32_t at = next[target]++;
+  each([&](int64_t row, int64_t k, const ChannelColumn& c) {
+    const int32_t at = next[c.row]++;
     as_is.activations[k] = at;
     turned.activations[at] = static_cast<int32_t>(row * width);
-    as_is.elements[k] = turned.elements[at] =
-        static_cast<int32_t>(form.element(k, row, channel, tap / across, tap % across));
+    const int64_t element = form.packed ? form.element(k, 0, 0, 0, 0) : row * w.tall * form.strides[0] + c.element;
+    as_is.elements[k] = turned.elements[at] = static_cast<int32_t>(element);
   });
 }
 
