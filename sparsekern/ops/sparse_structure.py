@@ -277,7 +277,7 @@ def _structure(mask: Tensor, pattern: str, groups: int, whole: bool) -> SparseSt
     if not tensors:
         return None
     found = object.__new__(SparseStructure)  # these need no check
-    found.__dict__.update(shape=shape, pattern=pattern, groups=groups, layout=layout, tensors=tensors, calls={})
+    found.__dict__.update(shape=shape, pattern=pattern, groups=groups, layout=layout, tensors=tensors, calls=[])
     return found
 
 
