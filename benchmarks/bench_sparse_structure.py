@@ -11,7 +11,8 @@ keep; nothing stock does the like. Both are made once per mask: compare them wit
 Each structure must give its mask back; passes on the plans of one layer must have the results of a dense convolution.
 
 Floor of the structures: their masks, a byte per weight, read and their tensors written at the best rate at which this
-run copied, scaled or added arrays. A mask has fewer bytes than those, so a part of it may lie in the caches.
+run copied, scaled or added arrays. Each timed call follows one of its own kind, so a part of the masks may lie in the
+caches, as it does in training, where each mask has just been unpacked.
 """
 
 import argparse
@@ -90,7 +91,8 @@ def rows_of(convs: list[Conv], pattern: str, sparsity: float) -> Iterator[dict]:
     }
     others = stock([mask.flatten(1) for mask in masks], pattern)
     name = f"resnet50/structures {pattern} {sparsity}"
-    timings = harness.measure(name, lambda: check(convs, masks, own["structures"]()), {**own, **others, **copies})
+    contenders = {**own, **others, **copies}
+    timings = harness.measure(name, lambda: check(convs, masks, own["structures"]()), contenders, settle=1)
     common = dict(bench="sparse_structure", role="info", pass_="step", pattern=pattern, sparsity=sparsity,
                   dtype="float32")  # fmt: skip
     written = 4 * sum(t.numel() for structure in structures for t in structure.tensors)
