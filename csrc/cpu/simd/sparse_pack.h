@@ -163,13 +163,14 @@ inline void unpack_image(const float* packed, int64_t width, const SparseRun* ru
   if (stream) PackVec::fence();
 }
 
-// The inverse of pack_last; a pixel that is null is dropped.
+// The inverse of pack_last; a pixel that is null is dropped. All channels of a pixel come one after another: cache
+// lines that are written alone wait alone.
 template <class T>
 inline void unpack_last(const float* packed, int64_t width, T* const* pixels, int64_t count, int64_t channels) {
   constexpr int kLanes = PackVec::kLanes;
-  for (int64_t c = 0; c < channels; c += kLanes) {
-    const int64_t n = lesser(kLanes, channels - c);
-    for (int64_t p = 0; p < count; p += kLanes) {
+  for (int64_t p = 0; p < count; p += kLanes) {
+    for (int64_t c = 0; c < channels; c += kLanes) {
+      const int64_t n = lesser(kLanes, channels - c);
       PackVec block[kLanes];
       for (int i = 0; i < kLanes; ++i) {
         block[i] = i < n ? PackVec::load(packed + (c + i) * width + p) : PackVec::splat(0.0f);
