@@ -61,7 +61,7 @@ std::optional<Tensor> sparse_plan_cpu(std::string pass, Tensor input, Tensor res
     const Grid grid = call.grid();
     Plan tiles = call.tiles(grid);
     tiles.pack_if_read_often(call.in.channels, form.blocks * w.wide);
-    good = plan_rows(form, grid, tiles.width, to + kHeadInts);
+    good = plan_rows(form, grid, tiles.width, true, to + kHeadInts);
   }
   return good ? std::optional(plan) : std::nullopt;
 }
@@ -82,7 +82,7 @@ void multiply_images(const SparseCall& call, const Grid& grid, const Plan& tiles
   thread_local Buffer<float> buffer;
   const T* const values = static_cast<const T*>(given.weight.data);
   if constexpr (std::is_same_v<T, float>) sparse.values = values;
-  if (given.weight.dims > 1 || !sparse.values) sparse.values = gather_values(rows, call.shape, values, buffer);
+  if (given.weight.dims > 1 || rows.aligned || !sparse.values) sparse.values = gather_values(rows, call.shape, values, buffer);
   const Image<const T> from{static_cast<const T*>(given.input.data), call.in.strides};
   const Image<T> to{static_cast<T*>(result), call.out.strides};
   multiply(grid, tiles, from, call.in.channels, sparse, rows.rows, to, static_cast<const float*>(given.residual.data));
@@ -106,7 +106,7 @@ bool product(const ProductOperands& given, Allocate allocate) {
   Plan tiles = call.tiles(grid);
   PlannedRows rows;
   if (!sets(given.plan).next(w.block_rows(), rows) || !tiles.agree(rows.width)) return false;
-  const SparseRows sparse{rows.pointers, rows.activations, nullptr, bias, 0, w.tall, w.wide, true, epilogue};
+  const SparseRows sparse{rows.pointers, rows.activations, nullptr, bias, 0, w.tall, w.wide, true, rows.aligned, epilogue};
   void* const result = allocate(call);
   if (!result) return false;
   if (call.bfloat16) {

@@ -115,7 +115,8 @@ bool sparse_input_gradient(const GradientAxis& rows, const GradientAxis& columns
       const Image<float> out{result.data + v.first * s.row + h.first * s.column,
                              {s.batch, s.channel, s.row * rows.forward.stride, s.column * columns.forward.stride}};
       multiply(grid, tiles, gradients, w.outputs,
-               {planned.pointers, planned.activations, values, nullptr, 0, w.wide, w.tall, true}, planned.rows, out,
+               {planned.pointers, planned.activations, values, nullptr, 0, w.wide, w.tall, true, planned.aligned},
+               planned.rows, out,
                nullptr, spread);
     }
   }

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <utility>
 
 namespace sparsekern {
 namespace {
@@ -35,18 +36,56 @@ std::vector<Column> columns_of(const SparseShape& shape, int64_t down, int64_t a
   return columns;
 }
 
+// Whether in each row at least `alike` blocks on average leave the same when divided by `lanes`.
+bool are_alike(const PlanParts& parts, int64_t rows, int64_t lanes, int64_t alike) {
+  int64_t kinds = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    uint64_t seen = 0;
+    for (int64_t k = parts.pointers[row]; k < parts.pointers[row + 1]; ++k) {
+      seen |= uint64_t{1} << parts.activations[k] % lanes;
+    }
+    kinds += std::popcount(seen);
+  }
+  return alike * kinds <= parts.pointers[rows];
+}
+
+// Puts flat blocks in the order for aligned loads, if that pays. In a grid without a reach all are aligned, or none is.
+void align_rows(const PlanParts& parts, int64_t rows, const Grid& grid) {
+  const int64_t lanes = limits().lanes, alike = limits().alike;
+  if (!grid.reach || !alike || !are_alike(parts, rows, lanes, alike)) return;
+  std::vector<int32_t> held, next(lanes);
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t begin = parts.pointers[row], count = parts.pointers[row + 1] - begin;
+    int32_t *const activations = parts.activations + begin, *const elements = parts.elements + begin;
+    held.assign(activations, activations + count);
+    held.insert(held.end(), elements, elements + count);
+    std::fill(next.begin(), next.end(), 0);
+    for (int64_t k = 0; k < count; ++k) ++next[activations[k] % lanes];
+    int32_t at = 0;
+    for (int64_t past = lanes; past-- > 0;) at += std::exchange(next[past], at);
+    for (int64_t k = 0; k < count; ++k) {
+      const int32_t to = next[held[k] % lanes]++;
+      activations[to] = held[k];
+      elements[to] = held[count + k];
+    }
+  }
+  *parts.lanes = static_cast<int32_t>(lanes);
+}
+
 // Blocks per task: 16 to 64 KiB of values.
 constexpr int64_t kGatherGrain = 4096;
 
 }  // namespace
 
 bool PlanReader::next(int64_t rows, PlannedRows& found) {
-  if (end_ - at_ < rows + 3) return false;
+  if (end_ - at_ < rows + 4) return false;
   found.width = at_[0];
   found.blocks = at_[1];
+  found.aligned = at_[2] != 0;
   found.rows = rows;
   if (found.blocks < 0 || end_ - at_ < planned_size(rows, found.blocks)) return false;
-  found.pointers = at_ + 2;
+  if (found.aligned && at_[2] != limits().lanes) return false;
+  found.pointers = at_ + 3;
   found.activations = found.pointers + rows + 1;
   found.elements = found.activations + found.blocks;
   at_ = found.elements + found.blocks;
@@ -66,7 +105,7 @@ bool is_structure(const SparseForm& form, int64_t taps) {
   return good;
 }
 
-bool plan_rows(const SparseForm& form, const Grid& grid, int64_t width, int32_t* plan) {
+bool plan_rows(const SparseForm& form, const Grid& grid, int64_t width, bool align, int32_t* plan) {
   const SparseShape& shape = form.shape;
   const int64_t down = int64_t(grid.rows.taps.size()), across = int64_t(grid.columns.taps.size());
   if (!is_structure(form, down * across)) return false;
@@ -89,6 +128,7 @@ bool plan_rows(const SparseForm& form, const Grid& grid, int64_t width, int32_t*
       parts.elements[k] = static_cast<int32_t>(form.element(k, row, c.channel, c.y, c.x));
     }
   }
+  if (align && shape.tall == 1) align_rows(parts, rows, grid);
   return true;
 }
 
@@ -118,6 +158,7 @@ int32_t* plan_transposed(const SparseForm& form, const Phase& v, const Phase& h,
     parts.activations[at] = static_cast<int32_t>(row * shape.tall * width + shift);
     parts.elements[at] = static_cast<int32_t>(form.element(k, row, c.channel, c.y, c.x));
   });
+  if (shape.wide == 1) align_rows(parts, rows, grid);
   return parts.end;
 }
 

@@ -1,8 +1,8 @@
 // From a structure that may lie to rows that a kernel may follow blindly: made once per structure and geometry.
 //
-// A plan is int32 numbers: for each set of rows its width, its count of blocks, the pointers of the rows, and per block
-// the activation that it reads (in a tile whose channels are `width` floats apart) and the element of the weight where
-// it begins. The product and the gradient of the weight have one set; the gradient of the input has one per pair of
+// A plan is int32 numbers: for each set of rows its width, its count of blocks, the lanes that they are in order for,
+// the pointers of the rows, and per block the activation that it reads (in a tile whose channels are `width` floats
+// apart) and the element of the weight where it begins. The product and the gradient of the weight have one set; the gradient of the input has one per pair of
 // phases of the stride, made of the transposed weight.
 #pragma once
 #include "sparse_buffer.h"
@@ -44,6 +44,7 @@ struct PlannedRows {
   const int32_t* activations;
   const int32_t* elements;
   int64_t rows, blocks, width;
+  bool aligned;
 };
 
 // Reads the sets of a plan in order.
@@ -59,24 +60,30 @@ class PlanReader {
 };
 
 // Numbers that a plan needs for a set of rows.
-inline int64_t planned_size(int64_t rows, int64_t blocks) { return rows + 3 + 2 * blocks; }
+inline int64_t planned_size(int64_t rows, int64_t blocks) { return rows + 4 + 2 * blocks; }
 
 // The first numbers of a set, which this writes, then its parts.
 struct PlanParts {
+  int32_t* lanes;
   int32_t* pointers;
   int32_t* activations;
   int32_t* elements;
   int32_t* end;
   PlanParts(int32_t* plan, int64_t rows, int64_t blocks, int64_t width)
-      : pointers(plan + 2), activations(pointers + rows + 1), elements(activations + blocks), end(elements + blocks) {
+      : lanes(plan + 2),
+        pointers(plan + 3),
+        activations(pointers + rows + 1),
+        elements(activations + blocks),
+        end(elements + blocks) {
     plan[0] = static_cast<int32_t>(width);
     plan[1] = static_cast<int32_t>(blocks);
+    *lanes = 0;  // any
   }
 };
 
-// Writes the rows as they are. False if the structure is not one: pointers that fall or leave the indices, indices that
+// Writes the rows as they are, or, if `align`, in the order for aligned loads where that pays. False if the structure is not one: pointers that fall or leave the indices, indices that
 // leave the grid or do not ascend.
-bool plan_rows(const SparseForm& form, const Grid& grid, int64_t width, int32_t* plan);
+bool plan_rows(const SparseForm& form, const Grid& grid, int64_t width, bool align, int32_t* plan);
 
 // One phase of the stride along one axis: every `stride`-th input position from `first` on.
 struct Phase {

@@ -108,7 +108,9 @@ struct SparseEpilogue {
 
 // The rows of a sparse weight, ready for one packed layout. A block is `tall` outputs by `wide` input channels, 4 x 1,
 // 1 x 4 or 1 x 1; its values are neighbours, its first activation is `offsets[k]` floats after the tile's first, and
-// its channels are `channel` floats apart. `bias` may be null. `padded`: the tile has whole vectors.
+// its channels are `channel` floats apart. `bias` may be null. `padded`: the tile has whole vectors. `aligned`: it begins
+// on a vector, so do its channels, and the flat blocks of a row are in descending order of what their offsets leave when
+// divided by the lanes.
 struct SparseRows {
   const int32_t* pointers;
   const int32_t* offsets;
@@ -116,7 +118,7 @@ struct SparseRows {
   const float* bias;
   int64_t channel;
   int32_t tall, wide;
-  bool padded;
+  bool padded, aligned;
   SparseEpilogue epilogue = {};
 };
 
@@ -134,9 +136,10 @@ struct SparseTile {
   const float* residual;
 };
 
-// Lanes of a vector, and how many vectors of pixels one call of sparse_rows takes for blocks that are tall, and not.
+// Lanes of a vector, how many vectors of pixels one call of sparse_rows takes for blocks that are tall, and not, and how
+// many blocks of a row must leave the same when divided by the lanes for aligned loads to pay; 0 if they never do.
 struct SparseLimits {
-  int64_t lanes, tall, flat;
+  int64_t lanes, tall, flat, alike;
 };
 
 // (images, channels, pixels), contiguous; what belongs to no channel is one pixel after another.
