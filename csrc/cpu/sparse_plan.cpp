@@ -36,8 +36,8 @@ std::vector<Column> columns_of(const SparseShape& shape, int64_t down, int64_t a
   return columns;
 }
 
-// Whether in each row at least `alike` blocks on average leave the same when divided by `lanes`.
-bool are_alike(const PlanParts& parts, int64_t rows, int64_t lanes, int64_t alike) {
+// How many kinds of blocks the rows have on average, times the rows: those of a kind leave the same divided by `lanes`.
+int64_t kinds_of(const PlanParts& parts, int64_t rows, int64_t lanes) {
   int64_t kinds = 0;
   for (int64_t row = 0; row < rows; ++row) {
     uint64_t seen = 0;
@@ -46,13 +46,14 @@ bool are_alike(const PlanParts& parts, int64_t rows, int64_t lanes, int64_t alik
     }
     kinds += std::popcount(seen);
   }
-  return alike * kinds <= parts.pointers[rows];
+  return kinds;
 }
 
-// Puts flat blocks in the order for aligned loads, if that pays. In a grid without a reach all are aligned, or none is.
-void align_rows(const PlanParts& parts, int64_t rows, const Grid& grid) {
+// Puts flat blocks of `wide` channels in the order for aligned loads, if that pays. In a grid without a reach all are
+// aligned, or none is.
+void align_rows(const PlanParts& parts, int64_t rows, int64_t wide, const Grid& grid) {
   const int64_t lanes = limits().lanes, alike = limits().alike;
-  if (!grid.reach || !alike || !are_alike(parts, rows, lanes, alike)) return;
+  if (!grid.reach || !alike || alike * kinds_of(parts, rows, lanes) > parts.pointers[rows] * wide) return;
   std::vector<int32_t> held, next(lanes);
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t begin = parts.pointers[row], count = parts.pointers[row + 1] - begin;
@@ -128,7 +129,7 @@ bool plan_rows(const SparseForm& form, const Grid& grid, int64_t width, bool ali
       parts.elements[k] = static_cast<int32_t>(form.element(k, row, c.channel, c.y, c.x));
     }
   }
-  if (align && shape.tall == 1) align_rows(parts, rows, grid);
+  if (align && shape.tall == 1) align_rows(parts, rows, shape.wide, grid);
   return true;
 }
 
@@ -158,7 +159,7 @@ int32_t* plan_transposed(const SparseForm& form, const Phase& v, const Phase& h,
     parts.activations[at] = static_cast<int32_t>(row * shape.tall * width + shift);
     parts.elements[at] = static_cast<int32_t>(form.element(k, row, c.channel, c.y, c.x));
   });
-  if (shape.wide == 1) align_rows(parts, rows, grid);
+  if (shape.wide == 1) align_rows(parts, rows, shape.tall, grid);
   return parts.end;
 }
 
