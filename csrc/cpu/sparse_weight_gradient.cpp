@@ -197,7 +197,7 @@ void add_dots(const WeightPass& pass, const Grid& grid, const Plan& tiles, const
   const Tiling& t = tiles.tiling;
   const bool by_channels = pass.gradients_stay();
   const int32_t tall = by_channels ? w.wide : w.tall, wide = by_channels ? w.tall : w.wide;
-  const SparseRows s{rows.pointers, rows.activations, nullptr, nullptr, tiles.width, tall, wide, true, false};
+  const SparseRows s{rows.pointers, rows.activations, nullptr, nullptr, tiles.width, tall, wide, true};
   const Image<const float>& image = by_channels ? gradients : input;
   const int64_t tile_floats = pass.staying_rows(grid) * t.width;
   const int64_t together = std::clamp<int64_t>(4 * kTileFloats / tile_floats, 1, t.count);
@@ -268,7 +268,7 @@ bool plan_weight_gradient(const SparseForm& form, const GradientAxis& rows, cons
   const WeightPass pass{form.shape, rows, columns, input, gradients, images};
   const Grid grid = pass.grid();
   const int64_t width = pass.tiles(grid).width;
-  if (!pass.gradients_stay()) return plan_rows(form, grid, width, false, plan);
+  if (!pass.gradients_stay()) return plan_rows(form, grid, width, 0, plan);
   if (!is_structure(form, pass.taps())) return false;
   plan_by_channels(form, pass, width, plan);
   return true;

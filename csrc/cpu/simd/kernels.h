@@ -106,11 +106,18 @@ struct SparseEpilogue {
   float low = -__builtin_inff(), high = __builtin_inff();
 };
 
+// The order of flat blocks for aligned loads from the first-level cache: by slice of the tile, by row and in descending
+// order of what their offsets leave when divided by the lanes. Those of a row in slice i begin with number
+// `begins[i * rows + row]` and end where the next ones begin. The tile and its channels begin on a vector. `begins` is
+// null where blocks are in any order in their row.
+struct SparseOrder {
+  const int32_t* begins = nullptr;
+  int64_t slices = 1, rows = 0;
+};
+
 // The rows of a sparse weight, ready for one packed layout. A block is `tall` outputs by `wide` input channels, 4 x 1,
 // 1 x 4 or 1 x 1; its values are neighbours, its first activation is `offsets[k]` floats after the tile's first, and
-// its channels are `channel` floats apart. `bias` may be null. `padded`: the tile has whole vectors. `aligned`: it begins
-// on a vector, so do its channels, and the flat blocks of a row are in descending order of what their offsets leave when
-// divided by the lanes.
+// its channels are `channel` floats apart. `bias` may be null. `padded`: the tile has whole vectors.
 struct SparseRows {
   const int32_t* pointers;
   const int32_t* offsets;
@@ -118,7 +125,8 @@ struct SparseRows {
   const float* bias;
   int64_t channel;
   int32_t tall, wide;
-  bool padded, aligned;
+  bool padded;
+  SparseOrder order = {};
   SparseEpilogue epilogue = {};
 };
 
@@ -136,8 +144,9 @@ struct SparseTile {
   const float* residual;
 };
 
-// Lanes of a vector, how many vectors of pixels one call of sparse_rows takes for blocks that are tall, and not, and how
-// many blocks of a row must leave the same when divided by the lanes for aligned loads to pay; 0 if they never do.
+// Lanes of a vector; how many vectors of pixels one call of sparse_rows takes for blocks that are tall, and not; how
+// many channels of flat blocks must lie alike to vectors, in a row and on average, for a SparseOrder to pay; 0 if it
+// never does.
 struct SparseLimits {
   int64_t lanes, tall, flat, alike;
 };

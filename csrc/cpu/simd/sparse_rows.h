@@ -17,9 +17,9 @@ constexpr int kTallVectors = SparseVec::kLanes == 16 ? 6 : SparseVec::kLanes == 
 constexpr int kFlatVectors = SparseVec::kLanes == 16 ? 12 : 8;
 
 // Vectors of 16 lanes lie across two cache lines wherever they are not aligned, those of 8 half as often. Measured
-// (Sapphire Rapids, one thread) on the 3x3 layers of ResNet-50, see CHECK: with AVX-512 1.03 to 1.6 times as fast
-// whatever the number of blocks, with AVX2 0.95 times with one or two of them, 1.0 to 1.14 times from four on.
-constexpr int kAlike = SparseVec::kLanes == 16 ? 1 : SparseVec::kLanes == 8 ? 4 : 0;
+// (Sapphire Rapids, one thread) on the 3x3 layers of ResNet-50: with AVX-512 the order made for aligned loads is 1.03
+// to 1.6 times as fast even for single blocks, with AVX2 0.86 times for two or three, 1.0 to 1.26 times from eight on.
+constexpr int kAlike = SparseVec::kLanes == 16 ? 1 : SparseVec::kLanes == 8 ? 8 : 0;
 
 // Beyond a tile that is not padded there may be no memory: only `last` lanes of its last vector are read. `ahead`
 // floats on, unless 0, lie the activations of the tile that comes next; to fetch those never fails.
@@ -55,14 +55,14 @@ inline void slide_all(V (&v)[kVectors], int by) {
 // their sums lie as much too far on: where `past` changes they slide, once for all blocks that share it. Lanes that
 // slide in from nowhere never reach a sum that is kept. Returns the first block that begins on a border.
 template <class V, int kWide, int kVectors>
-inline int64_t sparse_rows_aligned(const SparseRows& s, int64_t row, const float* tile, V (&sum)[kVectors]) {
-  int64_t k = s.pointers[row];
-  const int64_t end = s.pointers[row + 1];
+inline int64_t sparse_rows_aligned(const SparseRows& s, int64_t begin, int64_t end, const float* tile,
+                                   V (&sum)[kVectors]) {
+  int64_t k = begin;
   int held = k < end ? s.offsets[k] & (V::kLanes - 1) : 0;
   if (!held) return k;
   V slid[kVectors + 1];
 #pragma GCC unroll 16
-  for (int i = 0; i <= kVectors; ++i) slid[i] = sum[i < kVectors ? i : 0];
+  for (int i = 0; i <= kVectors; ++i) slid[i] = V::splat(0.0f);
   for (; k < end; ++k) {
     const int past = s.offsets[k] & (V::kLanes - 1);
     if (past != held) slide_all(slid, held - past);
@@ -78,7 +78,7 @@ inline int64_t sparse_rows_aligned(const SparseRows& s, int64_t row, const float
   }
   if (held) slide_all(slid, held);
 #pragma GCC unroll 16
-  for (int i = 0; i < kVectors; ++i) sum[i] = slid[i];
+  for (int i = 0; i < kVectors; ++i) sum[i] = sum[i] + slid[i];
   return k;
 }
 
@@ -100,43 +100,61 @@ inline void sparse_rows_finish(const SparseRows& s, int64_t row, const SparseTil
   }
 }
 
+// One slice of the tile for one row, whose sums wait in `out` for the next slice.
 template <class V, int kTall, int kWide, bool kPadded, int kVectors>
-inline void sparse_rows_tile(const SparseRows& s, int64_t begin, int64_t end, const SparseTile& tile) {
+inline void sparse_rows_slice(const SparseRows& s, int64_t row, int64_t slice, const SparseTile& tile,
+                              const float* bias, const float* residual, float* out, bool plain) {
   const int64_t last = tile.count - (kVectors - 1) * V::kLanes;
-  const bool plain =
-      !s.epilogue.scale && !tile.residual && s.epilogue.low == -__builtin_inff() && s.epilogue.high == __builtin_inff();
-  const float* const bias = s.epilogue.scale ? nullptr : s.bias;
-  for (int64_t row = begin; row < end; ++row) {
-    float* const out = tile.out + (row - begin) * kTall * tile.width;
-    V sum[kTall][kVectors];
+  const bool first = slice == 0, stream = tile.stream && slice == s.order.slices - 1;
+  V sum[kTall][kVectors];
 #pragma GCC unroll 4
-    for (int t = 0; t < kTall; ++t) {
-      if (!tile.stream) claim<kVectors * V::kLanes>(out + t * tile.width);
+  for (int t = 0; t < kTall; ++t) {
+    float* const y = out + t * tile.width;
+    if (first) {
+      if (!tile.stream) claim<kVectors * V::kLanes>(y);
       const V start = V::splat(bias ? bias[row * kTall + t] : 0.0f);
 #pragma GCC unroll 12
       for (int i = 0; i < kVectors; ++i) sum[t][i] = start;
+    } else {
+#pragma GCC unroll 12
+      for (int i = 0; i < kVectors - 1; ++i) sum[t][i] = V::load(y + i * V::kLanes);
+      sum[t][kVectors - 1] = V::load(y + (kVectors - 1) * V::kLanes, last);
     }
-    const int64_t ahead = row % tile.every ? 0 : tile.ahead;
-    int64_t first = s.pointers[row];
-    if constexpr (kTall == 1 && kPadded && V::kLanes > 1) {
-      if (s.aligned) first = sparse_rows_aligned<V, kWide, kVectors>(s, row, tile.data, sum[0]);
-    }
-    sparse_rows_block<V, kTall, kWide, kPadded, kVectors>(s, first, s.pointers[row + 1], tile.data, last, ahead, sum);
-    if (!plain) {
-      const float* const residual = tile.residual ? tile.residual + (row - begin) * kTall * tile.width : nullptr;
-      sparse_rows_finish<V, kTall, kVectors>(s, row, tile, residual, sum);
-    }
+  }
+  const int32_t* const begins = s.order.begins ? s.order.begins + slice * s.order.rows + row : s.pointers + row;
+  const int64_t ahead = row % tile.every ? 0 : tile.ahead, end = begins[1];
+  int64_t k = begins[0];
+  if constexpr (kTall == 1 && kPadded && V::kLanes > 1) {
+    if (s.order.begins) k = sparse_rows_aligned<V, kWide, kVectors>(s, k, end, tile.data, sum[0]);
+  }
+  sparse_rows_block<V, kTall, kWide, kPadded, kVectors>(s, k, end, tile.data, last, ahead, sum);
+  if (!plain && slice == s.order.slices - 1) {
+    sparse_rows_finish<V, kTall, kVectors>(s, row, tile, residual, sum);
+  }
 #pragma GCC unroll 4
-    for (int t = 0; t < kTall; ++t) {
-      float* const y = out + t * tile.width;
-      if (tile.stream) {
+  for (int t = 0; t < kTall; ++t) {
+    float* const y = out + t * tile.width;
+    if (stream) {
 #pragma GCC unroll 12
-        for (int i = 0; i < kVectors; ++i) sum[t][i].stream(y + i * V::kLanes);
-      } else {
+      for (int i = 0; i < kVectors; ++i) sum[t][i].stream(y + i * V::kLanes);
+    } else {
 #pragma GCC unroll 12
-        for (int i = 0; i < kVectors - 1; ++i) sum[t][i].store(y + i * V::kLanes);
-        sum[t][kVectors - 1].store(y + (kVectors - 1) * V::kLanes, last);
-      }
+      for (int i = 0; i < kVectors - 1; ++i) sum[t][i].store(y + i * V::kLanes);
+      sum[t][kVectors - 1].store(y + (kVectors - 1) * V::kLanes, last);
+    }
+  }
+}
+
+template <class V, int kTall, int kWide, bool kPadded, int kVectors>
+inline void sparse_rows_tile(const SparseRows& s, int64_t begin, int64_t end, const SparseTile& tile) {
+  const bool plain =
+      !s.epilogue.scale && !tile.residual && s.epilogue.low == -__builtin_inff() && s.epilogue.high == __builtin_inff();
+  const float* const bias = s.epilogue.scale ? nullptr : s.bias;
+  for (int64_t slice = 0; slice < s.order.slices; ++slice) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t at = (row - begin) * kTall * tile.width;
+      sparse_rows_slice<V, kTall, kWide, kPadded, kVectors>(
+          s, row, slice, tile, bias, tile.residual ? tile.residual + at : nullptr, tile.out + at, plain);
     }
   }
 }
