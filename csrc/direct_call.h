@@ -21,7 +21,11 @@ struct ProductOperands {
   double low, high;
 };
 
-// False if nothing was done: the operands are not those of the plan, or it is for another instruction set.
-using DirectProduct = bool (*)(const ProductOperands* operands) noexcept;
+// What `_C` calls. `fits`: input and weight are as those that the plan was made for. `product` is false if nothing was
+// done: an operand is not as planned, or the plan is for another instruction set.
+struct DirectProduct {
+  bool (*fits)(const ProductOperands* operands) noexcept;
+  bool (*product)(const ProductOperands* operands) noexcept;
+};
 
 }  // namespace sparsekern

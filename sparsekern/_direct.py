@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +20,10 @@ try:
 except ImportError:
     _C = None
 
-product: Callable[..., bool] | None = None
-"""(input, weight, plan, bias, scale, residual, result, low, high): `sparsekern.ops.sparse_kernels.product` of `plain`
-tensors into a result that lies as planned; False if that does not fit the plan."""
+find: Callable[..., Any] | None = None
+"""What `_find` of `sparsekern.ops.sparse_calls` does, compiled."""
+run: Callable[..., Tensor | None] | None = None
+"""What its `_run` does, past the dispatcher."""
 obstacle = "the compiled kernels are not in use"
 """Why there is none, '' if there is."""
 
@@ -42,17 +44,21 @@ empty_strided = getattr(torch._C._dynamo.guards, "_empty_strided_cpu", _empty_st
 
 def connect(library: Path) -> None:
     """Let `_C` call the operator library."""
-    global obstacle, product
+    global find, obstacle, run
+    find = run = None
     capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if capsule is None:
         obstacle = f"torch {torch.__version__} lacks DLPack's C functions"
-    elif not hasattr(_C, "connect"):
+    elif not hasattr(_C, "find"):
         obstacle = "the module _C is missing" if _C is None else "the module _C is of an older build"
     else:
-        address = ctypes.cast(ctypes.CDLL(str(library)).sparsekern_product, ctypes.c_void_p).value
-        fits = _C.connect(capsule, address, *_PLAIN)
-        obstacle = "" if fits else f"torch {torch.__version__} has another version of DLPack's C functions"
-        product = _C.product if fits else None
+        table = ctypes.addressof(ctypes.c_char.in_dll(ctypes.CDLL(str(library)), "sparsekern_direct"))
+        # Transforms wrap tensors, which then have no memory to read.
+        watchers = _dispatch_modes, _function_modes, _tracing
+        if _C.connect(capsule, table, *_PLAIN, watchers, Tensor.is_neg, empty_strided):
+            find, run, obstacle = _C.find, _C.run, ""
+        else:
+            obstacle = f"torch {torch.__version__} has another version of DLPack's C functions"
 
 
 def plain(*tensors: Tensor | None) -> bool:

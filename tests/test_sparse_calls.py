@@ -22,9 +22,10 @@ def native_isa(request, monkeypatch):
     if not _library.kernels_loaded:
         pytest.skip("no compiled kernels")
     if request.param == "dispatched":
-        monkeypatch.setattr(_direct, "product", None)
-    elif _direct.product is None:
-        pytest.skip("no direct calls: _C was not built")
+        monkeypatch.setattr(_direct, "find", None)
+        monkeypatch.setattr(_direct, "run", None)
+    elif _direct.find is None:
+        pytest.skip(f"no direct calls: {_direct.obstacle}")
     before = torch.ops.sparsekern.cpu_isa()
     yield before
     torch.ops.sparsekern.set_cpu_isa(before)
@@ -55,19 +56,26 @@ def test_repeated_calls_see_new_values_structures_and_instruction_sets(native_is
     free = next(i for i in range(71, -1, -1) if i not in row)
     s.tensors[1][: len(row)] = torch.tensor(sorted([*row[1:], free]), dtype=torch.int32)
     agrees(s.mask())
+    s.tensors[0][0] = 1
+    with pytest.raises(ValueError, match="structure"):
+        sk.ops.sparse_conv2d(x, w, s, None, 1, 1)
+    s.tensors[0][0] = 0
+    agrees(s.mask())
     s.tensors[1][0] = 500
     with pytest.raises(ValueError, match="structure"):
         sk.ops.sparse_conv2d(x, w, s, None, 1, 1)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
 def test_only_plain_unwatched_calls_are_short(native_isa, monkeypatch):
     w, s, _ = layer("4x1")
     x = torch.randn(1, 8, 5, 5)
     went = []
     repeat = sparse_calls.repeat
     monkeypatch.setattr(sparse_calls, "repeat", lambda *a: (went.append(repeat(*a)), went[-1])[1])
-    run = lambda *rest: (sk.ops.sparse_conv2d(x, w, s, *rest), went[-1] is not None)[1]  # noqa: E731
-    assert [run(), run(), run()] == [False, True, True]
+    run = lambda *rest, x=x: (sk.ops.sparse_conv2d(x, w, s, *rest), went[-1] is not None)[1]  # noqa: E731
+    assert [run(), run(), run(x=x[..., :4, :]), run(x=x[..., :4, :]), run()] == [False, True, False, False, True]
+    assert [run(x=x[..., :4, :].clone()), run(), run(x=x[..., :4, :].clone())] == [False, True, True]
     for stride in ([1, 1], 1.0, True):
         try:
             assert not run(None, stride)
@@ -84,6 +92,14 @@ def test_only_plain_unwatched_calls_are_short(native_isa, monkeypatch):
     w.requires_grad_(False)
     with pytest.raises(RuntimeError, match="Batching rule"):  # torch has none for operators on lists of tensors
         torch.func.vmap(lambda x: sk.ops.sparse_conv2d(x, w, s))(torch.stack([x, 2 * x]))
+    went.clear()
+    with pytest.raises(RuntimeError, match="setup_context"):  # nor has it gradients of these
+        torch.func.grad(lambda x: sk.ops.sparse_conv2d(x, w, s).sum())(x)
+    torch.func.functionalize(lambda x: sk.ops.sparse_conv2d(x, w, s))(x)
+    assert went == [None, None]
+    traced = torch.jit.trace(lambda x: sk.ops.sparse_conv2d(x, w, s), (x,), check_trace=False)
+    assert went[-1] is None and torch.equal(traced(-x), sk.ops.sparse_conv2d(-x, w, s))
+    assert run()
 
 
 def test_repeated_calls_of_one_shape_may_lie_differently(native_isa):

@@ -91,13 +91,17 @@ void multiply_images(const SparseCall& call, const Grid& grid, const Plan& tiles
   multiply(grid, tiles, from, call.in.channels, sparse, rows.rows, to, static_cast<const float*>(given.residual.data));
 }
 
+bool fits(const SparseCall& call, const ProductOperands& given) {
+  return call.input.fits(given.input, call.number()) && call.weight.fits(given.weight, call.number());
+}
+
 // False if the plan is for other operands, or for tiles of another instruction set; else `allocate` gives memory for
 // the result.
 template <class Allocate>
 bool product(const ProductOperands& given, Allocate allocate) {
   const SparseCall call = head(given.plan);
   const SparseShape& w = call.shape;
-  if (!call.input.fits(given.input, call.number()) || !call.weight.fits(given.weight, call.number())) return false;
+  if (!fits(call, given)) return false;
   if (given.residual.given) {
     STD_TORCH_CHECK(!call.bfloat16, "sparsekern: residual must be none with bfloat16");
     call.result.check(given.residual, "residual");
@@ -180,15 +184,27 @@ bool sparse_input_gradient_cpu(Tensor result, Tensor grad, Tensor weight, Tensor
 }  // namespace
 }  // namespace sparsekern
 
+namespace {
+
+bool direct_fits(const sparsekern::ProductOperands* given) noexcept try {
+  return sparsekern::fits(sparsekern::head(given->plan), *given);
+} catch (...) {
+  return false;
+}
+
 // What raises is refused here, and raises when it comes through the dispatcher.
-extern "C" __attribute__((visibility("default"))) bool sparsekern_product(
-    const sparsekern::ProductOperands* given) noexcept try {
+bool direct_product(const sparsekern::ProductOperands* given) noexcept try {
   return sparsekern::product(*given, [&](const sparsekern::SparseCall& call) {
     return call.result.fits(given->result, call.number()) ? given->result.data : nullptr;
   });
 } catch (...) {
   return false;
 }
+
+}  // namespace
+
+using sparsekern::DirectProduct;
+extern "C" __attribute__((visibility("default"))) const DirectProduct sparsekern_direct{direct_fits, direct_product};
 
 STABLE_TORCH_LIBRARY_IMPL(sparsekern, CPU, m) {
   m.impl("_sparse_plan_cpu", TORCH_BOX(&sparsekern::sparse_plan_cpu));

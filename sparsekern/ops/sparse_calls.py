@@ -8,12 +8,12 @@ it is kept with the structure's plans.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import profiler
+from torch.autograd import forward_ad, profiler
 
 from sparsekern import _direct
 from sparsekern.ops import sparse_kernels
@@ -22,11 +22,11 @@ from sparsekern.ops.sparse_operands import compiled_product
 from sparsekern.ops.sparse_structure import SparseStructure
 
 
-@dataclass(frozen=True)
-class Call:
-    """How to run a call again, as long as the structure's tensors are still of these versions; those of inference mode
-    count none."""
+class Call(NamedTuple):
+    """How to run a call again, as long as the structure's tensors are still of these versions (none for those of
+    inference mode, which count none). The first six are read by csrc/direct_call.cpp."""
 
+    given: tuple[Any, ...]
     versions: tuple[int, int] | None
     dtype: torch.dtype
     plan: Tensor
@@ -34,24 +34,13 @@ class Call:
     strides: tuple[int, ...]
     geometry: tuple[int, ...]
     backward: Backward
-    plans: dict[str, Tensor] = field(default_factory=dict)  # of gradients
+    plans: dict[str, Tensor]  # of gradients
+    operands: tuple[Any, ...]  # how input and weight lie
 
-    def run(
-        self,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        scale: Tensor | None,
-        residual: Tensor | None,
-        low: float,
-        high: float,
-    ) -> Tensor | None:
-        """The result, if operands, which are plain, are of the same dtypes and lie the same way."""
-        if _direct.product is None or profiler._is_profiler_enabled:
-            return sparse_kernels.product(input, weight, self.plan, bias, scale, residual, low, high)
-        result = _direct.empty_strided(self.shape, self.strides, self.dtype)
-        done = _direct.product(input, weight, self.plan, bias, scale, residual, result, low, high)
-        return result if done else None
+    @staticmethod
+    def form(input: Tensor, weight: Tensor) -> tuple[Any, ...]:
+        """How operands lie."""
+        return input.dtype, input.shape, input.stride(), weight.dtype, weight.shape, weight.stride()
 
     def gradients(
         self, grad: Tensor, input: Tensor, weight: Tensor, structure: SparseStructure, needs: Sequence[bool]
@@ -59,22 +48,30 @@ class Call:
         """Those of input, weight and bias that are needed; nobody watches, and no graph of them is asked for."""
         if grad.stride() != self.strides:
             grad = _direct.empty_strided(self.shape, self.strides, self.dtype).copy_(grad)
-        sparse = sparse_kernels.Weight(weight, structure.tensors, structure.layout, structure.shape, structure.groups)
         rows, columns, channel = None, None, 1 if self.geometry else grad.dim() - 1
         if needs[0]:
             rows = torch.empty_like(input)
-            self._run("input", sparse, rows, grad, lambda plan: sparse_kernels.input_gradient(rows, grad, weight, plan))
+            run = lambda plan: sparse_kernels.input_gradient(rows, grad, weight, plan)  # noqa: E731
+            self._fill("input", weight, structure, rows, grad, run)
         if needs[1]:
             columns = torch.empty_like(weight)
-            self._run(
-                "weight", sparse, input, grad, lambda plan: sparse_kernels.weight_gradient(columns, grad, input, plan)
-            )
+            run = lambda plan: sparse_kernels.weight_gradient(columns, grad, input, plan)  # noqa: E731
+            self._fill("weight", weight, structure, input, grad, run)
         others = [i for i in range(grad.dim()) if i != channel]
         return rows, columns, grad.sum(others) if needs[2] else None
 
-    def _run(self, kind: str, sparse: sparse_kernels.Weight, image: Tensor, grad: Tensor, run: Any) -> None:
+    def _fill(
+        self,
+        kind: str,
+        weight: Tensor,
+        structure: SparseStructure,
+        image: Tensor,
+        grad: Tensor,
+        run: Callable[[Tensor], bool],
+    ) -> None:
         plan = self.plans.get(kind)
         if plan is None or not run(plan):  # or made for another instruction set
+            sparse = _described(weight, structure)
             sparse.run(kind, image, grad, self.geometry, run)
             self.plans[kind] = sparse.plan(kind, image, grad, self.geometry)
 
@@ -94,7 +91,7 @@ class SparseProduct(torch.autograd.Function):
     def forward(
         ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, call: Call, structure: SparseStructure
     ) -> Tensor:
-        result = call.run(input, weight, bias, None, None, *UNBOUNDED)
+        result = (_direct.run or _run)(call, input, weight, bias, None, None, *UNBOUNDED)
         if result is None:
             raise _DoesNotFit
         ctx.save_for_backward(input, weight, *structure.tensors)
@@ -116,7 +113,12 @@ class _DoesNotFit(RuntimeError):
     """The kept plan is for other operands or another instruction set."""
 
 
-_grad_enabled = torch.is_grad_enabled  # found once: what Python looks up has left the caches, too
+# Found once: what Python looks up has left the caches, too.
+_is_dynamo, _grad_enabled = torch.compiler.is_dynamo_compiling, torch.is_grad_enabled
+
+
+def _described(weight: Tensor, structure: SparseStructure) -> sparse_kernels.Weight:
+    return sparse_kernels.Weight(weight, structure.tensors, structure.layout, structure.shape, structure.groups)
 
 
 def _differentiated(*tensors: Tensor | None) -> bool:
@@ -125,14 +127,30 @@ def _differentiated(*tensors: Tensor | None) -> bool:
 
 
 def _exact(given: tuple[Any, ...]) -> bool:
-    """Ints and tuples of them: a list has no hash, and 1.0 and True have that of 1 but are refused."""
-    for value in given:
-        if type(value) is tuple:
-            if not _exact(value):
-                return False
-        elif type(value) is not int:
-            return False
-    return True
+    """Ints and tuples of them: a list may change, and 1.0 and True equal 1 but are refused."""
+    return all(_exact(value) if type(value) is tuple else type(value) is int for value in given)
+
+
+def _find(
+    calls: list[Call], given: tuple[Any, ...], tensors: tuple[Tensor, Tensor], input: Tensor, weight: Tensor, *rest: Any
+) -> Call | None:
+    """The one of ``calls`` with geometry ``given``, made for operands that lie as input and weight do and for the
+    structure of ``tensors`` as it is now; None if any operand, ``rest`` too, is not plain, or if somebody records
+    operators."""
+    if not (_exact(given) and _direct.plain(input, weight, *rest)):
+        return None
+    form = Call.form(input, weight)
+    for call in calls:
+        if call.given == given and call.operands == form:
+            unchanged = call.versions is None or call.versions == sparse_kernels.versions(tensors)
+            return call if unchanged else None
+    return None
+
+
+def _run(call: Call, input: Tensor, weight: Tensor, *rest: Any) -> Tensor | None:
+    """The result for bias, scale, residual and bounds; None if they do not fit, or if the plan is for another
+    instruction set."""
+    return sparse_kernels.product(input, weight, call.plan, *rest)
 
 
 def repeat(
@@ -144,25 +162,27 @@ def repeat(
     epilogue: Epilogue | None = None,
 ) -> Tensor | None:
     """The result, if an equal call is known; ``given`` is the geometry of a convolution as the caller wrote it."""
+    if _is_dynamo() or forward_ad._current_level >= 0 or profiler._is_profiler_enabled:
+        return None
     try:
-        call = structure.calls[input.shape, given]
-        first, second = structure.tensors
-        if call.versions is not None and call.versions != (first._version, second._version):
-            return None
-        scale, residual, bounds, halves = None, None, UNBOUNDED, call.dtype is not torch.float32
+        scale, residual, bounds, added = None, None, UNBOUNDED, bias
         if epilogue is not None:
             scale, residual, bounds = epilogue.scale, epilogue.residual, BOUNDS[epilogue.activation]
-        if not (_exact(given) and _direct.plain(input, weight, bias, scale, residual)):
+        find, run = _direct.find or _find, _direct.run or _run
+        call = find(structure.calls, given, structure.tensors, input, weight, bias, scale, residual)
+        if call is None:
             return None
-        if halves and (epilogue is not None or (bias is not None and bias.dtype is not call.dtype)):
-            return None  # kernels round each step of an epilogue to float32
-        if not (_grad_enabled() and _differentiated(input, weight, bias, scale, residual)):
-            added = bias.float() if halves and bias is not None else bias
-            return call.run(input, weight, added, scale, residual, *bounds)
-        if epilogue is None and not halves:
+        asked = _grad_enabled() and _differentiated(input, weight, bias, scale, residual)
+        if call.dtype is not torch.float32:  # kernels round each step of an epilogue to float32
+            if asked or epilogue is not None or (bias is not None and bias.dtype is not call.dtype):
+                return None
+            added = None if bias is None else bias.float()
+        if not asked:
+            return run(call, input, weight, added, scale, residual, *bounds)
+        if epilogue is None:
             return SparseProduct.apply(input, weight, bias, call, structure)
     except (AttributeError, KeyError, TypeError, RuntimeError):
-        pass  # not tensors, not known, a list, not on CPU, a bias of another size: the checks will tell
+        pass  # not tensors, an activation nobody knows, a bias of another size: the checks will tell
     return None
 
 
@@ -182,8 +202,8 @@ def remember(
     uncounted, *other = {t.is_inference() for t in structure.tensors}
     if other or not _direct.plain(input, weight, bias):
         return
-    sparse = sparse_kernels.Weight(weight, structure.tensors, structure.layout, structure.shape, structure.groups)
-    plan = sparse.plan("product", input, result, geometry)
+    plan = _described(weight, structure).plan("product", input, result, geometry)
     versions = None if uncounted else sparse_kernels.versions(structure.tensors)
-    call = Call(versions, input.dtype, plan, tuple(result.shape), result.stride(), geometry, backward)
-    sparse_kernels.remember(structure.calls, (input.shape, given), call)
+    shape, strides, form = tuple(result.shape), result.stride(), Call.form(input, weight)
+    structure.calls.insert(0, Call(given, versions, input.dtype, plan, shape, strides, geometry, backward, {}, form))
+    del structure.calls[sparse_kernels.MOST :]

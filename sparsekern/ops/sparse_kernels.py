@@ -34,7 +34,7 @@ input_gradient = _library.define_native(
 )
 
 # Plans of one structure; a layer whose input has more sizes than this makes new ones now and then.
-_MOST = 24
+MOST = 24
 
 
 @dataclass
@@ -66,7 +66,7 @@ def remembered(structure: Sequence[Tensor]) -> dict[Any, Any]:
 
 def remember(found: dict[Any, Any], key: Any, value: Any) -> None:
     """Keep one more, and drop the oldest beyond the number that is kept."""
-    while len(found) >= _MOST:
+    while len(found) >= MOST:
         found.pop(next(iter(found)), None)
     found[key] = value
 

@@ -192,11 +192,11 @@ class SparseStructure:
     groups: int
     layout: str
     tensors: tuple[Tensor, Tensor]
-    calls: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+    calls: list[Any] = field(default_factory=list, init=False, repr=False)
     """What `sparsekern.ops.sparse_calls` remembers; dropped by copies and pickles."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "calls": {}}
+        return {**self.__dict__, "calls": []}
 
     def __post_init__(self) -> None:
         if len(self.shape) not in (2, 4):
