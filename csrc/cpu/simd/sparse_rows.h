@@ -100,37 +100,9 @@ inline void sparse_rows_finish(const SparseRows& s, int64_t row, const SparseTil
   }
 }
 
-// One slice of the tile for one row, whose sums wait in `out` for the next slice.
-template <class V, int kTall, int kWide, bool kPadded, int kVectors>
-inline void sparse_rows_slice(const SparseRows& s, int64_t row, int64_t slice, const SparseTile& tile,
-                              const float* bias, const float* residual, float* out, bool plain) {
-  const int64_t last = tile.count - (kVectors - 1) * V::kLanes;
-  const bool first = slice == 0, stream = tile.stream && slice == s.order.slices - 1;
-  V sum[kTall][kVectors];
-#pragma GCC unroll 4
-  for (int t = 0; t < kTall; ++t) {
-    float* const y = out + t * tile.width;
-    if (first) {
-      if (!tile.stream) claim<kVectors * V::kLanes>(y);
-      const V start = V::splat(bias ? bias[row * kTall + t] : 0.0f);
-#pragma GCC unroll 12
-      for (int i = 0; i < kVectors; ++i) sum[t][i] = start;
-    } else {
-#pragma GCC unroll 12
-      for (int i = 0; i < kVectors - 1; ++i) sum[t][i] = V::load(y + i * V::kLanes);
-      sum[t][kVectors - 1] = V::load(y + (kVectors - 1) * V::kLanes, last);
-    }
-  }
-  const int32_t* const begins = s.order.begins ? s.order.begins + slice * s.order.rows + row : s.pointers + row;
-  const int64_t ahead = row % tile.every ? 0 : tile.ahead, end = begins[1];
-  int64_t k = begins[0];
-  if constexpr (kTall == 1 && kPadded && V::kLanes > 1) {
-    if (s.order.begins) k = sparse_rows_aligned<V, kWide, kVectors>(s, k, end, tile.data, sum[0]);
-  }
-  sparse_rows_block<V, kTall, kWide, kPadded, kVectors>(s, k, end, tile.data, last, ahead, sum);
-  if (!plain && slice == s.order.slices - 1) {
-    sparse_rows_finish<V, kTall, kVectors>(s, row, tile, residual, sum);
-  }
+template <class V, int kTall, int kVectors>
+inline void sparse_rows_store(const SparseTile& tile, int64_t last, bool stream, float* out,
+                              const V (&sum)[kTall][kVectors]) {
 #pragma GCC unroll 4
   for (int t = 0; t < kTall; ++t) {
     float* const y = out + t * tile.width;
@@ -145,17 +117,41 @@ inline void sparse_rows_slice(const SparseRows& s, int64_t row, int64_t slice, c
   }
 }
 
-template <class V, int kTall, int kWide, bool kPadded, int kVectors>
-inline void sparse_rows_tile(const SparseRows& s, int64_t begin, int64_t end, const SparseTile& tile) {
+// One slice of a tile that has an order, else all of it. Between slices the sums of a row wait where its results go.
+template <class V, int kTall, int kWide, bool kPadded, bool kOrdered, int kVectors>
+inline void sparse_rows_slice(const SparseRows& s, int64_t slice, int64_t begin, int64_t end, const SparseTile& tile) {
+  const bool first = !kOrdered || slice == 0, final = !kOrdered || slice == s.order.slices - 1;
+  const int64_t last = tile.count - (kVectors - 1) * V::kLanes;
   const bool plain =
       !s.epilogue.scale && !tile.residual && s.epilogue.low == -__builtin_inff() && s.epilogue.high == __builtin_inff();
   const float* const bias = s.epilogue.scale ? nullptr : s.bias;
-  for (int64_t slice = 0; slice < s.order.slices; ++slice) {
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t at = (row - begin) * kTall * tile.width;
-      sparse_rows_slice<V, kTall, kWide, kPadded, kVectors>(
-          s, row, slice, tile, bias, tile.residual ? tile.residual + at : nullptr, tile.out + at, plain);
+  const int32_t* const begins = kOrdered ? s.order.begins + slice * s.order.rows : s.pointers;
+  for (int64_t row = begin; row < end; ++row) {
+    float* const out = tile.out + (row - begin) * kTall * tile.width;
+    V sum[kTall][kVectors];
+#pragma GCC unroll 4
+    for (int t = 0; t < kTall; ++t) {
+      if (first && !tile.stream) claim<kVectors * V::kLanes>(out + t * tile.width);
+      const V start = V::splat(first && bias ? bias[row * kTall + t] : 0.0f);
+#pragma GCC unroll 12
+      for (int i = 0; i < kVectors; ++i) sum[t][i] = start;
     }
+    const int64_t ahead = row % tile.every ? 0 : tile.ahead;
+    int64_t k = begins[row];
+    if constexpr (kOrdered) {
+      if (!first) {
+#pragma GCC unroll 12
+        for (int i = 0; i < kVectors - 1; ++i) sum[0][i] = V::load(out + i * V::kLanes);
+        sum[0][kVectors - 1] = V::load(out + (kVectors - 1) * V::kLanes, last);
+      }
+      k = sparse_rows_aligned<V, kWide, kVectors>(s, k, begins[row + 1], tile.data, sum[0]);
+    }
+    sparse_rows_block<V, kTall, kWide, kPadded, kVectors>(s, k, begins[row + 1], tile.data, last, ahead, sum);
+    if (!plain && final) {
+      const float* const residual = tile.residual ? tile.residual + (row - begin) * kTall * tile.width : nullptr;
+      sparse_rows_finish<V, kTall, kVectors>(s, row, tile, residual, sum);
+    }
+    sparse_rows_store<V, kTall, kVectors>(tile, last, tile.stream && final, out, sum);
   }
 }
 
@@ -167,10 +163,18 @@ inline void sparse_rows_sized(const SparseRows& s, int64_t begin, int64_t end, c
       return sparse_rows_sized<V, kTall, kWide, kVectors - 1>(s, begin, end, tile);
     }
   }
+  if constexpr (kTall == 1 && V::kLanes > 1) {
+    if (s.order.begins) {
+      for (int64_t slice = 0; slice < s.order.slices; ++slice) {
+        sparse_rows_slice<V, kTall, kWide, true, true, kVectors>(s, slice, begin, end, tile);
+      }
+      return;
+    }
+  }
   if (s.padded || tile.count == kVectors * V::kLanes) {
-    sparse_rows_tile<V, kTall, kWide, true, kVectors>(s, begin, end, tile);
+    sparse_rows_slice<V, kTall, kWide, true, false, kVectors>(s, 0, begin, end, tile);
   } else {
-    sparse_rows_tile<V, kTall, kWide, false, kVectors>(s, begin, end, tile);
+    sparse_rows_slice<V, kTall, kWide, false, false, kVectors>(s, 0, begin, end, tile);
   }
 }
 
