@@ -15,12 +15,12 @@ namespace {
 constexpr int64_t kSliceFloats = (40 << 10) / 4, kSliceVectors = 400;
 
 // How many kinds of blocks the rows have on average, times the rows: those of a kind leave the same divided by `lanes`.
-int64_t kinds_of(const PlanParts& parts, int64_t rows, int64_t lanes) {
+int64_t kinds_of(const PlanParts& parts, int64_t rows, uint32_t lanes) {
   int64_t kinds = 0;
   for (int64_t row = 0; row < rows; ++row) {
     uint64_t seen = 0;
     for (int64_t k = parts.pointers[row]; k < parts.pointers[row + 1]; ++k) {
-      seen |= uint64_t{1} << parts.activations[k] % lanes;
+      seen |= uint64_t{1} << static_cast<uint32_t>(parts.activations[k]) % lanes;
     }
     kinds += std::popcount(seen);
   }
@@ -36,34 +36,37 @@ int64_t slices_of(int64_t rows, int64_t blocks, int64_t wide, const OrderedTile&
 }  // namespace
 
 int32_t* order_rows(const PlanParts& parts, int64_t rows, int64_t wide, const OrderedTile& tile) {
-  const int64_t lanes = limits().lanes, alike = limits().alike, blocks = parts.pointers[rows];
+  const SparseLimits limits = sparsekern::limits();
+  const int64_t blocks = parts.pointers[rows], alike = limits.alike;
   // Without a reach all blocks are aligned, or none can be.
-  if (!tile.reach || !alike || !blocks || alike * kinds_of(parts, rows, lanes) > blocks * wide) return parts.end;
+  if (!tile.reach || !alike || !blocks) return parts.end;
+  const uint32_t lanes = static_cast<uint32_t>(limits.lanes);
+  if (alike > wide && alike * kinds_of(parts, rows, lanes) > blocks * wide) return parts.end;
   const int64_t slices = slices_of(rows, blocks, wide, tile);
-  const int64_t slice_floats = ceil_divide(tile.channels, slices) * tile.width;
+  const uint32_t slice_floats = static_cast<uint32_t>(ceil_divide(tile.channels, slices) * tile.width);
   const std::vector<int32_t> activations(parts.activations, parts.activations + blocks);
   const std::vector<int32_t> elements(parts.elements, parts.elements + blocks);
+  std::vector<uint32_t> places(blocks);  // by slice, then by what is left
   int32_t* const begins = parts.end;
   std::fill_n(begins, slices * rows + 1, 0);
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t k = parts.pointers[row]; k < parts.pointers[row + 1]; ++k) {
-      ++begins[activations[k] / slice_floats * rows + row + 1];
+      const uint32_t at = static_cast<uint32_t>(activations[k]), slice = at / slice_floats;
+      places[k] = slice * lanes + lanes - 1 - at % lanes;
+      ++begins[slice * rows + row + 1];
     }
   }
   for (int64_t i = 0; i < slices * rows; ++i) begins[i + 1] += begins[i];
-  const auto kind_of = [&](int64_t k) {
-    return activations[k] / slice_floats * lanes + lanes - 1 - activations[k] % lanes;
-  };
   std::vector<int32_t> next(slices * lanes);
   for (int64_t row = 0; row < rows; ++row) {
     std::fill(next.begin(), next.end(), 0);
-    for (int64_t k = parts.pointers[row]; k < parts.pointers[row + 1]; ++k) ++next[kind_of(k)];
+    for (int64_t k = parts.pointers[row]; k < parts.pointers[row + 1]; ++k) ++next[places[k]];
     for (int64_t slice = 0; slice < slices; ++slice) {
       int32_t at = begins[slice * rows + row];
-      for (int64_t i = slice * lanes; i < (slice + 1) * lanes; ++i) at += std::exchange(next[i], at);
+      for (uint32_t i = 0; i < lanes; ++i) at += std::exchange(next[slice * lanes + i], at);
     }
     for (int64_t k = parts.pointers[row]; k < parts.pointers[row + 1]; ++k) {
-      const int32_t to = next[kind_of(k)]++;
+      const int32_t to = next[places[k]]++;
       parts.activations[to] = activations[k];
       parts.elements[to] = elements[k];
     }
