@@ -39,7 +39,8 @@ def test_repeated_calls_see_new_values_structures_and_instruction_sets(native_is
         for b in (None, bias):
             want = torch.nn.functional.conv2d(x, torch.where(mask, w, 0), b, 1, 1)
             for asked in (True, True, False, False, True):
-                torch.testing.assert_close(sk.ops.sparse_conv2d(x.requires_grad_(asked), w, s, b, 1, 1), want)
+                found = sk.ops.sparse_conv2d(x.requires_grad_(asked), w, s, b, 1, 1)
+                torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-4)  # sums of up to 40, in another order
             x.requires_grad_(False)
 
     agrees(mask)

@@ -14,6 +14,7 @@
 #include <type_traits>
 
 #include "sparse_call.h"
+#include "sparse_order.h"
 #include "sparse_scatter.h"
 
 namespace sparsekern {
@@ -46,7 +47,8 @@ std::optional<Tensor> sparse_plan_cpu(std::string pass, Tensor input, Tensor res
   const int64_t sets = transposed ? std::max(kMostShares, call.stride[0] * call.stride[1]) : 1;
   const int64_t rows = transposed ? std::max(w.channels * groups, w.block_rows()) : w.block_rows();
   const int64_t ints = pass == "weight" ? weight_plan_size(form, call.axis(0), call.axis(1), call.in.strides)
-                                        : sets * planned_size(rows, 0) + 2 * form.blocks;
+                                        : sets * (planned_size(rows, 0) + order_size(rows, 0)) +
+                                              planned_size(0, form.blocks) + order_size(0, form.blocks);
   Tensor plan = torch::stable::new_empty(structure[1], {kHeadInts + ints});
   int32_t* const to = plan.mutable_data_ptr<int32_t>();
   std::memcpy(to, &call, sizeof call);
@@ -61,7 +63,7 @@ std::optional<Tensor> sparse_plan_cpu(std::string pass, Tensor input, Tensor res
     const Grid grid = call.grid();
     Plan tiles = call.tiles(grid);
     tiles.pack_if_read_often(call.in.channels, form.blocks * w.wide);
-    good = plan_rows(form, grid, tiles.width, to + kHeadInts);
+    good = plan_rows(form, grid, tiles.width, tiles.tiling.part, to + kHeadInts);
   }
   return good ? std::optional(plan) : std::nullopt;
 }
@@ -82,7 +84,8 @@ void multiply_images(const SparseCall& call, const Grid& grid, const Plan& tiles
   thread_local Buffer<float> buffer;
   const T* const values = static_cast<const T*>(given.weight.data);
   if constexpr (std::is_same_v<T, float>) sparse.values = values;
-  if (given.weight.dims > 1 || !sparse.values) sparse.values = gather_values(rows, call.shape, values, buffer);
+  const bool as_packed = given.weight.dims == 1 && !rows.order.begins;
+  if (!as_packed || !sparse.values) sparse.values = gather_values(rows, call.shape, values, buffer);
   const Image<const T> from{static_cast<const T*>(given.input.data), call.in.strides};
   const Image<T> to{static_cast<T*>(result), call.out.strides};
   multiply(grid, tiles, from, call.in.channels, sparse, rows.rows, to, static_cast<const float*>(given.residual.data));
@@ -110,7 +113,8 @@ bool product(const ProductOperands& given, Allocate allocate) {
   Plan tiles = call.tiles(grid);
   PlannedRows rows;
   if (!sets(given.plan).next(w.block_rows(), rows) || !tiles.agree(rows.width)) return false;
-  const SparseRows sparse{rows.pointers, rows.activations, nullptr, bias, 0, w.tall, w.wide, true, epilogue};
+  const SparseRows sparse{rows.pointers, rows.activations, nullptr, bias,       0,
+                          w.tall,        w.wide,           true,    rows.order, epilogue};
   void* const result = allocate(call);
   if (!result) return false;
   if (call.bfloat16) {

@@ -84,7 +84,7 @@ bool plan_input_gradient(const SparseForm& form, const GradientAxis& rows, const
       const Grid grid(v.axis, h.axis, images, lanes);
       Plan tiles(grid, form.shape.outputs, form.shape.wide, gradients);
       tiles.pack_if_read_often(form.shape.outputs, form.blocks * form.shape.tall);
-      plan = plan_transposed(form, v, h, grid, tiles.width, plan);
+      plan = plan_transposed(form, v, h, grid, tiles, plan);
     }
   }
   return true;
@@ -115,8 +115,8 @@ bool sparse_input_gradient(const GradientAxis& rows, const GradientAxis& columns
       const Image<float> out{result.data + v.first * s.row + h.first * s.column,
                              {s.batch, s.channel, s.row * rows.forward.stride, s.column * columns.forward.stride}};
       multiply(grid, tiles, gradients, w.outputs,
-               {planned.pointers, planned.activations, values, nullptr, 0, w.wide, w.tall, true}, planned.rows, out,
-               nullptr, spread);
+               {planned.pointers, planned.activations, values, nullptr, 0, w.wide, w.tall, true, planned.order},
+               planned.rows, out, nullptr, spread);
     }
   }
   return true;

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <bit>
 
+#include "sparse_order.h"
+
 namespace sparsekern {
 namespace {
 
@@ -41,15 +43,19 @@ constexpr int64_t kGatherGrain = 4096;
 }  // namespace
 
 bool PlanReader::next(int64_t rows, PlannedRows& found) {
-  if (end_ - at_ < rows + 3) return false;
+  if (end_ - at_ < rows + 5) return false;
   found.width = at_[0];
   found.blocks = at_[1];
   found.rows = rows;
-  if (found.blocks < 0 || end_ - at_ < planned_size(rows, found.blocks)) return false;
-  found.pointers = at_ + 2;
+  const int64_t lanes = at_[2], slices = at_[3], begins = lanes ? rows * slices + 1 : 0;
+  if (found.blocks < 0 || end_ - at_ < rows + 5 + 2 * found.blocks + begins) return false;
+  if (lanes && lanes != limits().lanes) return false;
+  found.pointers = at_ + 4;
   found.activations = found.pointers + rows + 1;
   found.elements = found.activations + found.blocks;
   at_ = found.elements + found.blocks;
+  found.order = lanes ? SparseOrder{at_, slices, rows} : SparseOrder{};
+  at_ += begins;
   return found.pointers[rows] == found.blocks;
 }
 
@@ -66,7 +72,7 @@ bool is_structure(const SparseForm& form, int64_t taps) {
   return good;
 }
 
-bool plan_rows(const SparseForm& form, const Grid& grid, int64_t width, int32_t* plan) {
+bool plan_rows(const SparseForm& form, const Grid& grid, int64_t width, int64_t part, int32_t* plan) {
   const SparseShape& shape = form.shape;
   const int64_t down = int64_t(grid.rows.taps.size()), across = int64_t(grid.columns.taps.size());
   if (!is_structure(form, down * across)) return false;
@@ -89,10 +95,11 @@ bool plan_rows(const SparseForm& form, const Grid& grid, int64_t width, int32_t*
       parts.elements[k] = static_cast<int32_t>(form.element(k, row, c.channel, c.y, c.x));
     }
   }
+  if (part && shape.tall == 1) order_rows(parts, rows, shape.wide, {all * grid.planes(), width, part, grid.reach});
   return true;
 }
 
-int32_t* plan_transposed(const SparseForm& form, const Phase& v, const Phase& h, const Grid& grid, int64_t width,
+int32_t* plan_transposed(const SparseForm& form, const Phase& v, const Phase& h, const Grid& grid, const Plan& tiles,
                          int32_t* plan) {
   const SparseShape& shape = form.shape;
   const std::vector<Column> columns = columns_of(shape, int64_t(v.taps.size()), int64_t(h.taps.size()));
@@ -110,15 +117,16 @@ int32_t* plan_transposed(const SparseForm& form, const Phase& v, const Phase& h,
   std::vector<int32_t> next(rows + 1);
   each([&](int64_t, int64_t, const Column&, int64_t target) { ++next[target + 1]; });
   for (int64_t i = 0; i < rows; ++i) next[i + 1] += next[i];
-  const PlanParts parts(plan, rows, next[rows], width);
+  const PlanParts parts(plan, rows, next[rows], tiles.width);
   std::copy_n(next.begin(), rows + 1, parts.pointers);
   each([&](int64_t row, int64_t k, const Column& c, int64_t target) {
     const int64_t at = next[target]++;
     const int64_t shift = grid.rows.taps[v.taps[c.y]].shift * grid.pitch + grid.columns.taps[h.taps[c.x]].shift;
-    parts.activations[at] = static_cast<int32_t>(row * shape.tall * width + shift);
+    parts.activations[at] = static_cast<int32_t>(row * shape.tall * tiles.width + shift);
     parts.elements[at] = static_cast<int32_t>(form.element(k, row, c.channel, c.y, c.x));
   });
-  return parts.end;
+  if (shape.wide == 4) return parts.end;
+  return order_rows(parts, rows, shape.tall, {shape.outputs, tiles.width, tiles.tiling.part, grid.reach});
 }
 
 template <class T>
@@ -126,9 +134,22 @@ const float* gather_values(const PlannedRows& rows, const SparseShape& shape, co
   const int64_t block = shape.block();
   float* const values = buffer.get(rows.blocks * block);
   const auto part = block == 4 ? gather_blocks<4, T> : gather_blocks<1, T>;
-  torch::stable::parallel_for(0, rows.blocks, kGatherGrain, [&](int64_t begin, int64_t end) {
-    part(rows.elements, begin, end, weight, shape.step, values);
-  });
+  const auto [begins, slices, all] = rows.order;
+  if (begins) {
+    // All slices of a row at once: their elements share cache lines.
+    const int64_t grain = std::max<int64_t>(1, kGatherGrain * all / std::max<int64_t>(1, rows.blocks));
+    torch::stable::parallel_for(0, all, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        for (const int32_t* of = begins + row; of < begins + slices * all; of += all) {
+          part(rows.elements, of[0], of[1], weight, shape.step, values);
+        }
+      }
+    });
+  } else {
+    torch::stable::parallel_for(0, rows.blocks, kGatherGrain, [&](int64_t begin, int64_t end) {
+      part(rows.elements, begin, end, weight, shape.step, values);
+    });
+  }
   return values;
 }
 template const float* gather_values(const PlannedRows&, const SparseShape&, const float*, Buffer<float>&);

@@ -1,9 +1,10 @@
 // From a structure that may lie to rows that a kernel may follow blindly: made once per structure and geometry.
 //
-// A plan is int32 numbers: for each set of rows its width, its count of blocks, the pointers of the rows, and per block
-// the activation that it reads (in a tile whose channels are `width` floats apart) and the element of the weight where
-// it begins. The product and the gradient of the weight have one set; the gradient of the input has one per pair of
-// phases of the stride, made of the transposed weight.
+// A plan is int32 numbers: for each set of rows its width, its count of blocks, the lanes and slices of a SparseOrder
+// or twice 0, the pointers of the rows, per block the activation that it reads (in a tile whose channels are `width`
+// floats apart) and the element of the weight where it begins, and where the parts of an order begin. The product and
+// the gradient of the weight have one set; the gradient of the input has one per pair of phases of the stride, made of
+// the transposed weight.
 #pragma once
 #include "sparse_buffer.h"
 #include "sparse_tiling.h"
@@ -44,6 +45,7 @@ struct PlannedRows {
   const int32_t* activations;
   const int32_t* elements;
   int64_t rows, blocks, width;
+  SparseOrder order;
 };
 
 // Reads the sets of a plan in order.
@@ -58,25 +60,34 @@ class PlanReader {
   const int32_t* end_;
 };
 
-// Numbers that a plan needs for a set of rows.
-inline int64_t planned_size(int64_t rows, int64_t blocks) { return rows + 3 + 2 * blocks; }
+// Numbers that a plan needs for a set of rows, but for the order of its blocks.
+inline int64_t planned_size(int64_t rows, int64_t blocks) { return rows + 5 + 2 * blocks; }
 
 // The first numbers of a set, which this writes, then its parts.
 struct PlanParts {
+  int32_t* lanes;
+  int32_t* slices;
   int32_t* pointers;
   int32_t* activations;
   int32_t* elements;
   int32_t* end;
   PlanParts(int32_t* plan, int64_t rows, int64_t blocks, int64_t width)
-      : pointers(plan + 2), activations(pointers + rows + 1), elements(activations + blocks), end(elements + blocks) {
+      : lanes(plan + 2),
+        slices(plan + 3),
+        pointers(plan + 4),
+        activations(pointers + rows + 1),
+        elements(activations + blocks),
+        end(elements + blocks) {
     plan[0] = static_cast<int32_t>(width);
     plan[1] = static_cast<int32_t>(blocks);
+    *lanes = *slices = 0;
   }
 };
 
-// Writes the rows as they are. False if the structure is not one: pointers that fall or leave the indices, indices that
-// leave the grid or do not ascend.
-bool plan_rows(const SparseForm& form, const Grid& grid, int64_t width, int32_t* plan);
+// Writes the rows as they are or, unless `part` is 0, where it pays in a SparseOrder for calls of the kernel with as
+// many pixels. False if the structure is not one: pointers that fall or leave the indices, indices that leave the grid
+// or do not ascend.
+bool plan_rows(const SparseForm& form, const Grid& grid, int64_t width, int64_t part, int32_t* plan);
 
 // One phase of the stride along one axis: every `stride`-th input position from `first` on.
 struct Phase {
@@ -87,7 +98,7 @@ struct Phase {
 
 // Writes the blocks whose taps lie in a pair of phases, by input channel: 4 x 1 becomes 1 x 4 and vice versa. Returns
 // the end of what was written. The structure must have passed `is_structure`.
-int32_t* plan_transposed(const SparseForm& form, const Phase& v, const Phase& h, const Grid& grid, int64_t width,
+int32_t* plan_transposed(const SparseForm& form, const Phase& v, const Phase& h, const Grid& grid, const Plan& tiles,
                          int32_t* plan);
 
 bool is_structure(const SparseForm& form, int64_t taps);

@@ -50,7 +50,7 @@ int32_t* plan_share(const SparseForm& form, const Grid& grid, const Tiles& t, in
   const SparseShape& shape = form.shape;
   const int64_t down = int64_t(grid.rows.taps.size()), across = int64_t(grid.columns.taps.size());
   const int64_t taps = down * across, rows = shape.block_rows(), of_group = rows / shape.groups;
-  int32_t* const pointers = plan + 2;
+  int32_t* const pointers = plan + 4;
   const auto channel_of = [&](int64_t row, int64_t k) {
     return row / of_group * shape.channels + form.indices[k] / taps - share * t.channels;
   };

@@ -270,7 +270,7 @@ bool plan_weight_gradient(const SparseForm& form, const GradientAxis& rows, cons
   const WeightPass pass{form.shape, rows, columns, input, gradients, images};
   const Grid grid = pass.grid();
   const int64_t width = pass.tiles(grid).width;
-  if (!pass.gradients_stay()) return plan_rows(form, grid, width, plan);
+  if (!pass.gradients_stay()) return plan_rows(form, grid, width, 0, plan);
   if (!is_structure(form, pass.taps())) return false;
   plan_by_channels(form, pass, width, plan);
   return true;

@@ -1,8 +1,8 @@
 """The compiled kernels of sparse_conv2d and sparse_linear on CPU, and the plans that they run on.
 
 A plan is made of a structure for one pass and geometry: its indices checked and turned into addresses. Making it costs
-about as much as one pass, so plans are kept as long as their structure's tensors. They hold nothing of the weight's
-values. A plan is a copy: tensors changed in place get a new one, and none can lead a kernel astray.
+about as much as one pass of a few images, so plans are kept as long as their structure's tensors. They hold nothing of
+the weight's values. A plan is a copy: tensors changed in place get a new one, and none can lead a kernel astray.
 """
 
 from __future__ import annotations

@@ -106,6 +106,15 @@ struct SparseEpilogue {
   float low = -__builtin_inff(), high = __builtin_inff();
 };
 
+// The order of flat blocks for aligned loads from the first-level cache: by slice of the tile, by row and in descending
+// order of what their offsets leave when divided by the lanes. Those of a row in slice i begin with number
+// `begins[i * rows + row]` and end where the next ones begin. The tile and its channels begin on a vector. `begins` is
+// null where blocks are in any order in their row.
+struct SparseOrder {
+  const int32_t* begins = nullptr;
+  int64_t slices = 1, rows = 0;
+};
+
 // The rows of a sparse weight, ready for one packed layout. A block is `tall` outputs by `wide` input channels, 4 x 1,
 // 1 x 4 or 1 x 1; its values are neighbours, its first activation is `offsets[k]` floats after the tile's first, and
 // its channels are `channel` floats apart. `bias` may be null. `padded`: the tile has whole vectors.
@@ -117,6 +126,7 @@ struct SparseRows {
   int64_t channel;
   int32_t tall, wide;
   bool padded;
+  SparseOrder order = {};
   SparseEpilogue epilogue = {};
 };
 
@@ -142,9 +152,11 @@ struct SparseAhead {
   int64_t rows;
 };
 
-// Lanes of a vector, and how many vectors of pixels one call of sparse_rows takes for blocks that are tall, and not.
+// Lanes of a vector; how many vectors of pixels one call of sparse_rows takes for blocks that are tall, and not; how
+// many channels of flat blocks must lie alike to vectors, in a row and on average, for a SparseOrder to pay; 0 if it
+// never does.
 struct SparseLimits {
-  int64_t lanes, tall, flat;
+  int64_t lanes, tall, flat, alike;
 };
 
 // (images, channels, pixels), contiguous; what belongs to no channel is one pixel after another.

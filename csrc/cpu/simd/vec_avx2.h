@@ -106,6 +106,13 @@ inline F32x8 operator+(F32x8 a, F32x8 b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline F32x8 larger(F32x8 a, F32x8 b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline F32x8 smaller(F32x8 a, F32x8 b) { return {_mm256_min_ps(a.v, b.v)}; }
 
+// The lanes of both, one after the other, from lane `by` of `a` on; 0 <= by < 8.
+inline F32x8 slide(F32x8 a, F32x8 b, int by) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), first = _mm256_set1_epi32(by);
+  const __m256 both = _mm256_blendv_ps(a.v, b.v, _mm256_castsi256_ps(_mm256_cmpgt_epi32(first, lane)));
+  return {_mm256_permutevar8x32_ps(both, _mm256_add_epi32(lane, first))};
+}
+
 // The lanes of both in turns: a0, b0, a1, ... in a, and the rest in b.
 inline void interleave(F32x8& a, F32x8& b) {
   const __m256 low = _mm256_unpacklo_ps(a.v, b.v), high = _mm256_unpackhi_ps(a.v, b.v);

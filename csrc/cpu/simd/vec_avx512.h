@@ -97,6 +97,12 @@ inline F32x16 operator+(F32x16 a, F32x16 b) { return {_mm512_add_ps(a.v, b.v)}; 
 inline F32x16 larger(F32x16 a, F32x16 b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline F32x16 smaller(F32x16 a, F32x16 b) { return {_mm512_min_ps(a.v, b.v)}; }
 
+// The lanes of both, one after the other, from lane `by` of `a` on; 0 <= by < 16.
+inline F32x16 slide(F32x16 a, F32x16 b, int by) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return {_mm512_permutex2var_ps(a.v, _mm512_add_epi32(lane, _mm512_set1_epi32(by)), b.v)};
+}
+
 // The lanes of both in turns: a0, b0, a1, ... in a, and the rest in b.
 inline void interleave(F32x16& a, F32x16& b) {
   const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
