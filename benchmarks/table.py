@@ -52,7 +52,7 @@ TITLES = {
         "median speedup (range), and that of all 72 together",
     ),
     "sparse_structure": (
-        "structures of these convolutions from masks",
+        "structures of 52 convolutions from masks",
         "What is made once per mask of ResNet-50's 52 convolutions: structures, and the plans of all passes, batch 16",
     ),
     "batch_norm": (
@@ -205,7 +205,7 @@ def overview(folder: Path = RESULTS) -> str:
     dates = sorted(run[0]["date"] for _, run in runs)
     machine = f"{runs[-1][1][0]['cpu']}, {runs[-1][1][0]['isa']}, torch {runs[-1][1][0]['torch']}"
     said = f"Of all {len(cases)} cases, single layers and passes too, {len(slower)} are slower"
-    said += f" ({worst}); `sk.nn.accelerate` leaves layers dense that would lose" * bool(slower)
+    said += f" ({worst}); `sk.nn.accelerate` leaves layers dense that would lose against dense ones" * bool(slower)
     where = "[benchmarks/results](benchmarks/results/README.md) has all of them, with commands, times and floors"
     return "\n".join([SHORT, "", *lines, "", f"{said}. {where}. {machine}; {dates[0][:10]} to {dates[-1][:10]}."])
 
