@@ -92,38 +92,62 @@ bool plan_rows(const SparseForm& form, const Grid& grid, int64_t width, int64_t 
     for (int64_t k = form.pointers[row]; k < form.pointers[row + 1]; ++k) {
       const Column& c = columns[form.indices[k]];
       parts.activations[k] = group + activations[form.indices[k]];
-      parts.elements[k] = static_cast<int32_t>(form.element(k, row, c.channel, c.y, c.x));
+      parts.elements[k] = form.element(k, row, form.in_row(c.channel, c.y, c.x));
     }
   }
   if (part && shape.tall == 1) order_rows(parts, rows, shape.wide, {all * grid.planes(), width, part, grid.reach});
   return true;
 }
 
+namespace {
+
+// What a column of a structure is to one pair of phases: a row of the transposed weight in its group, or -1; where it
+// reads in a row of gradients; where it lies in a row of the weight.
+struct TransposedColumn {
+  int32_t row, shift, in_row;
+};
+
+std::vector<TransposedColumn> transposed_columns(const SparseForm& form, const Phase& v, const Phase& h,
+                                                 const Grid& grid) {
+  std::vector<TransposedColumn> found;
+  for (const Column& c : columns_of(form.shape, int64_t(v.taps.size()), int64_t(h.taps.size()))) {
+    const int y = v.taps[c.y], x = h.taps[c.x];
+    if (y < 0 || x < 0) {
+      found.push_back({-1, 0, 0});
+      continue;
+    }
+    const int64_t shift = grid.rows.taps[y].shift * grid.pitch + grid.columns.taps[x].shift;
+    found.push_back({c.channel / form.shape.wide, static_cast<int32_t>(shift), form.in_row(c.channel, c.y, c.x)});
+  }
+  return found;
+}
+
+}  // namespace
+
 int32_t* plan_transposed(const SparseForm& form, const Phase& v, const Phase& h, const Grid& grid, const Plan& tiles,
                          int32_t* plan) {
   const SparseShape& shape = form.shape;
-  const std::vector<Column> columns = columns_of(shape, int64_t(v.taps.size()), int64_t(h.taps.size()));
+  const std::vector<TransposedColumn> columns = transposed_columns(form, v, h, grid);
   const int64_t of_group = shape.channels / shape.wide, rows = of_group * shape.groups;
   const int64_t rows_of_group = shape.block_rows() / shape.groups;
   const auto each = [&](auto body) {
     for (int64_t row = 0; row < shape.block_rows(); ++row) {
+      const int64_t first = row / rows_of_group * of_group;
       for (int64_t k = form.pointers[row]; k < form.pointers[row + 1]; ++k) {
-        const Column& c = columns[form.indices[k]];
-        if (v.taps[c.y] < 0 || h.taps[c.x] < 0) continue;
-        body(row, k, c, row / rows_of_group * of_group + (shape.wide == 4 ? c.channel / 4 : c.channel));
+        const TransposedColumn& c = columns[form.indices[k]];
+        if (c.row >= 0) body(row, k, c, first + c.row);
       }
     }
   };
   std::vector<int32_t> next(rows + 1);
-  each([&](int64_t, int64_t, const Column&, int64_t target) { ++next[target + 1]; });
+  each([&](int64_t, int64_t, const TransposedColumn&, int64_t target) { ++next[target + 1]; });
   for (int64_t i = 0; i < rows; ++i) next[i + 1] += next[i];
   const PlanParts parts(plan, rows, next[rows], tiles.width);
   std::copy_n(next.begin(), rows + 1, parts.pointers);
-  each([&](int64_t row, int64_t k, const Column& c, int64_t target) {
+  each([&](int64_t row, int64_t k, const TransposedColumn& c, int64_t target) {
     const int64_t at = next[target]++;
-    const int64_t shift = grid.rows.taps[v.taps[c.y]].shift * grid.pitch + grid.columns.taps[h.taps[c.x]].shift;
-    parts.activations[at] = static_cast<int32_t>(row * shape.tall * tiles.width + shift);
-    parts.elements[at] = static_cast<int32_t>(form.element(k, row, c.channel, c.y, c.x));
+    parts.activations[at] = static_cast<int32_t>(row * shape.tall * tiles.width + c.shift);
+    parts.elements[at] = form.element(k, row, c.in_row);
   });
   if (shape.wide == 4) return parts.end;
   return order_rows(parts, rows, shape.tall, {shape.outputs, tiles.width, tiles.tiling.part, grid.reach});

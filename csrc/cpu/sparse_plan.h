@@ -32,10 +32,13 @@ struct SparseForm {
   const int32_t* indices;
   int64_t blocks;
 
-  // Where block k begins.
-  int64_t element(int64_t k, int64_t row, int64_t channel, int64_t y, int64_t x) const {
-    if (packed) return k * shape.block();
-    return row * shape.tall * strides[0] + channel * strides[1] + y * strides[2] + x * strides[3];
+  // Where a block lies behind the first element of its row.
+  int32_t in_row(int64_t channel, int64_t y, int64_t x) const {
+    return static_cast<int32_t>(channel * strides[1] + y * strides[2] + x * strides[3]);
+  }
+  // Where block k of a row of blocks begins.
+  int32_t element(int64_t k, int64_t row, int32_t in_row) const {
+    return static_cast<int32_t>(packed ? k * shape.block() : row * shape.tall * strides[0] + in_row);
   }
 };
 

@@ -78,8 +78,7 @@ int32_t* plan_share(const SparseForm& form, const Grid& grid, const Tiles& t, in
       const int64_t at = pointers[row] + next[tap]++;
       parts.activations[at] =
           static_cast<int32_t>((plane * t.channels + channel) * t.width + v.shift * grid.pitch + h.shift);
-      parts.elements[at] =
-          static_cast<int32_t>(form.element(k, row, form.indices[k] / taps, tap / across, tap % across));
+      parts.elements[at] = form.element(k, row, form.in_row(form.indices[k] / taps, tap / across, tap % across));
     });
   }
   return parts.end;

@@ -210,9 +210,10 @@ void add_dots(const WeightPass& pass, const Grid& grid, const Plan& tiles, const
   }
 }
 
-// What a column of a structure stands for in one group: a row of the plan by channels, and an element of each output.
+// What a column of a structure stands for in one group: a row of the plan by channels, and its place in a row of the
+// weight.
 struct ChannelColumn {
-  int32_t row, element;
+  int32_t row, in_row;
 };
 
 void columns_of_group(const SparseForm& form, const WeightPass& pass, int64_t group,
@@ -224,8 +225,7 @@ void columns_of_group(const SparseForm& form, const WeightPass& pass, int64_t gr
     const int64_t at = group * w.channels + channel;
     for (int64_t tap = 0; tap < taps; ++tap) {
       const int64_t row = (at / of_part * taps + tap) * (of_part / w.wide) + at % of_part / w.wide;
-      const int64_t element = form.element(0, 0, channel, tap / across, tap % across);
-      found.push_back({static_cast<int32_t>(row), static_cast<int32_t>(element)});
+      found.push_back({static_cast<int32_t>(row), form.in_row(channel, tap / across, tap % across)});
     }
   }
 }
@@ -251,8 +251,7 @@ void plan_by_channels(const SparseForm& form, const WeightPass& pass, int64_t wi
     const int32_t at = next[c.row]++;
     as_is.activations[k] = at;
     turned.activations[at] = static_cast<int32_t>(row * width);
-    const int64_t element = form.packed ? form.element(k, 0, 0, 0, 0) : row * w.tall * form.strides[0] + c.element;
-    as_is.elements[k] = turned.elements[at] = static_cast<int32_t>(element);
+    as_is.elements[k] = turned.elements[at] = form.element(k, row, c.in_row);
   });
 }
 
