@@ -178,11 +178,17 @@ def totals(
                 yield total([r for r in chosen if r["layout"] != "packed"], counts, "both", case)
 
 
-def collect(options: argparse.Namespace) -> Iterator[dict]:
-    """Rows of each layer, then the sums."""
+def passes_of(options: argparse.Namespace) -> list[str]:
+    """Those that --passes asks for, in the order of `PASSES`."""
     passes = [p for p in PASSES if p in options.passes.split(",")]
     if not passes or len(passes) != len(options.passes.split(",")):
         raise SystemExit(f"--passes must be of {','.join(PASSES)}, got {options.passes!r}")
+    return passes
+
+
+def collect(options: argparse.Namespace) -> Iterator[dict]:
+    """Rows of each layer, then the sums."""
+    passes = passes_of(options)
     followers = resnet50_convs()[1:]
     counts: dict[str, int] = {}
     if options.smoke:

@@ -115,9 +115,7 @@ def work(row: dict) -> tuple[Work, Work]:
 
 def collect(options: argparse.Namespace) -> Iterator[dict]:
     """Rows of each layer, then the sums."""
-    passes = [p for p in PASSES if p in options.passes.split(",")]
-    if not passes or len(passes) != len(options.passes.split(",")):
-        raise SystemExit(f"--passes must be of {','.join(PASSES)}, got {options.passes!r}")
+    passes = convolutions.passes_of(options)
     roof = roofline.measure_roof(1000, 32) if options.smoke else roofline.measure_roof()
     rows, layers = [], SMOKE if options.smoke else LAYERS
     for pass_, (name, (shape, _)) in itertools.product(passes, layers.items()):

@@ -87,12 +87,12 @@ bool is_watched() {
   return false;
 }
 
-// The first of `calls` of this geometry whose plan is for such operands, or null.
+// A reference to the first of `calls` of this geometry whose plan is for such operands, or null.
 PyObject* fitting(PyObject* calls, PyObject* geometry, ProductOperands& given) {
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(calls); ++i) {
     PyObject* const call = PyList_GET_ITEM(calls, i);
     if (!same(PyTuple_GET_ITEM(call, kGiven), geometry)) continue;
-    if (read_operand(PyTuple_GET_ITEM(call, kPlan), given.plan) && library->fits(&given)) return call;
+    if (read_operand(PyTuple_GET_ITEM(call, kPlan), given.plan) && library->fits(&given)) return Py_NewRef(call);
   }
   return nullptr;
 }
@@ -102,12 +102,13 @@ PyObject* find(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (count != 8) return PyErr_Format(PyExc_TypeError, "find: expected 8 arguments, got %zd", count);
   ProductOperands given{};
   if (!read_operand(arguments[3], given.input) || !read_operand(arguments[4], given.weight)) Py_RETURN_NONE;
+  // Held from here on: what is called next may let another thread run, which may forget the call.
   PyObject* const call = fitting(arguments[0], arguments[1], given);
-  if (!call || !unchanged(arguments[2], PyTuple_GET_ITEM(call, kVersions)) || is_watched()) Py_RETURN_NONE;
-  for (int i = 3; i < 8; ++i) {
-    if (arguments[i] != Py_None && !is_plain(arguments[i])) Py_RETURN_NONE;
-  }
-  return Py_NewRef(call);
+  bool good = call && unchanged(arguments[2], PyTuple_GET_ITEM(call, kVersions)) && !is_watched();
+  for (int i = 3; good && i < 8; ++i) good = arguments[i] == Py_None || is_plain(arguments[i]);
+  if (good) return call;
+  Py_XDECREF(call);
+  Py_RETURN_NONE;
 }
 
 // (call, input, weight, bias, scale, residual, low, high) -> the result, None if an operand does not fit

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_sparse_kernels import block_mask
 
 import sparsekern as sk
 
 OP = torch.ops.sparsekern.sparse_conv2d
 PATTERNS = ["unstructured", "1x4", "4x1"]
 LAST = torch.channels_last
-
-
-def block_mask(shape, pattern, sparsity, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    axis = {"4x1": 0, "1x4": 1}.get(pattern)
-    grid = [-(-n // 4) if d == axis else n for d, n in enumerate(shape)]
-    chosen = torch.rand(grid, generator=generator) >= sparsity
-    return chosen if axis is None else chosen.repeat_interleave(4, axis).narrow(axis, 0, shape[axis])
 
 
 def run(function, *tensors):

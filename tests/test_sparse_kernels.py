@@ -29,7 +29,7 @@ CASES = [
 
 
 def block_mask(shape, pattern, sparsity):
-    axis = {"4x1": 0, "1x4": 1}.get(pattern)
+    axis = {"4x1": 0, "1x4": 1, "block4": 1}.get(pattern)
     grid = [-(-n // 4) if d == axis else n for d, n in enumerate(shape)]
     chosen = torch.rand(grid, generator=torch.Generator().manual_seed(0)) >= sparsity
     return chosen if axis is None else chosen.repeat_interleave(4, axis).narrow(axis, 0, shape[axis])

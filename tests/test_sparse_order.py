@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import NATIVE
+from test_sparse_kernels import block_mask
 
 import sparsekern as sk
 
@@ -31,8 +32,7 @@ def operands(case, pattern):
     out, channels, kernel, size, *geometry = case
     torch.manual_seed(0)
     shape = out, channels // geometry[-1], *kernel
-    mask = torch.rand(out, shape[1] // (4 if pattern == "1x4" else 1), *kernel) < 0.6
-    mask = mask.repeat_interleave(4, 1) if pattern == "1x4" else mask
+    mask = block_mask(shape, pattern, 0.4)
     return torch.randn(1, channels, *size), torch.randn(shape), torch.randn(out), mask, geometry
 
 

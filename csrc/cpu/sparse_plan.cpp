@@ -43,12 +43,12 @@ constexpr int64_t kGatherGrain = 4096;
 }  // namespace
 
 bool PlanReader::next(int64_t rows, PlannedRows& found) {
-  if (end_ - at_ < rows + 5) return false;
+  if (end_ - at_ < planned_size(rows, 0)) return false;
   found.width = at_[0];
   found.blocks = at_[1];
   found.rows = rows;
   const int64_t lanes = at_[2], slices = at_[3], begins = lanes ? rows * slices + 1 : 0;
-  if (found.blocks < 0 || end_ - at_ < rows + 5 + 2 * found.blocks + begins) return false;
+  if (found.blocks < 0 || end_ - at_ < planned_size(rows, found.blocks) + begins) return false;
   if (lanes && lanes != limits().lanes) return false;
   found.pointers = at_ + 4;
   found.activations = found.pointers + rows + 1;

@@ -205,5 +205,6 @@ def remember(
     plan = _described(weight, structure).plan("product", input, result, geometry)
     versions = None if uncounted else sparse_kernels.versions(structure.tensors)
     shape, strides, form = tuple(result.shape), result.stride(), Call.form(input, weight)
-    structure.calls.insert(0, Call(given, versions, input.dtype, plan, shape, strides, geometry, backward, {}, form))
-    del structure.calls[sparse_kernels.MOST :]
+    call = Call(given, versions, input.dtype, plan, shape, strides, geometry, backward, {}, form)
+    others = [other for other in structure.calls if (other.given, other.operands) != (given, form)]
+    structure.calls[:] = [call, *others][: sparse_kernels.MOST]

@@ -262,6 +262,7 @@ def sparse_structure(weight_or_mask: Tensor, pattern: str = "unstructured", *, g
 
 def coarsest_structure(mask: Tensor, groups: int) -> SparseStructure:
     """That of a bool mask in the first of the patterns 4x1, 1x4 and unstructured whose blocks it keeps as a whole."""
+    mask = mask.contiguous()  # once for all
     found = (_structure(mask, pattern, groups, True) for pattern in (*_BLOCK_AXIS, "unstructured"))
     return next(structure for structure in found if structure is not None)
 
